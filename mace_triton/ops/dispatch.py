@@ -1,0 +1,26 @@
+"""Which implementation runs: the Triton kernel or the plain PyTorch reference, and a count of what ran."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import torch
+
+calls: Counter[tuple[str, str]] = Counter()
+"""(op, backend) -> how often it ran; tests read it to prove that the accelerated path was taken."""
+
+
+def interpreting() -> bool:
+    """True when Triton's interpreter runs the kernels (TRITON_INTERPRET=1), so that they accept CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def backend(tensor: torch.Tensor) -> str:
+    """ "triton" for a tensor on a GPU (or any tensor under the interpreter), else "reference"."""
+    return "triton" if tensor.is_cuda or interpreting() else "reference"
+
+
+def count(op: str, which: str) -> None:
+    """Note that `op` ran on backend `which`."""
+    calls[op, which] += 1
