@@ -1,0 +1,108 @@
+"""The edge list of a graph, sorted once by receiver (and by sender where a deterministic backward asks for it).
+
+Every layer and every derivative of the channel-wise tensor product walks the same plan.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class GraphPlan(NamedTuple):
+    """Compressed rows of an edge list; n_out receivers, n_in senders, E edges.
+
+    edge_index [2, E] int64 (sender, receiver) as the caller gave it; receiver_ptr [n_out + 1] int32: row i holds the
+    positions receiver_ptr[i] .. receiver_ptr[i + 1] of perm [E] int32, the edge numbers sorted by receiver; sender [E]
+    int32: the sender of edge perm[k]. sender_ptr [n_in + 1] and sender_perm [E] int32: the same by sender, whose
+    entries are edge numbers, empty unless asked for.
+    """
+
+    edge_index: torch.Tensor
+    receiver_ptr: torch.Tensor
+    perm: torch.Tensor
+    sender: torch.Tensor
+    sender_ptr: torch.Tensor
+    sender_perm: torch.Tensor
+
+    @property
+    def n_out(self) -> int:
+        return self.receiver_ptr.shape[0] - 1
+
+    @property
+    def n_edges(self) -> int:
+        return self.perm.shape[0]
+
+
+def _capturing(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _check_range(edge_index: torch.Tensor, n_in: int, n_out: int) -> None:
+    # One synchronisation per graph. A CUDA graph under capture cannot be asked; its warm-up run was.
+    if edge_index.shape[1] == 0 or _capturing(edge_index):
+        return
+    low = edge_index.amin(dim=1)
+    high = edge_index.amax(dim=1)
+    low_s, low_r, high_s, high_r = torch.cat((low, high)).tolist()
+    for row, name, lowest, highest, n in ((0, "sender", low_s, high_s, n_in), (1, "receiver", low_r, high_r, n_out)):
+        if lowest < 0 or highest >= n:
+            raise ValueError(
+                f"edge_index[{row}] ({name}) holds {lowest if lowest < 0 else highest}, but there are {n} nodes: "
+                f"indices must lie in 0 .. {n - 1}"
+            )
+
+
+def _rows(index: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    ordered, perm = torch.sort(index, stable=True)
+    ptr = torch.searchsorted(ordered, torch.arange(n + 1, device=index.device, dtype=index.dtype))
+    return ptr.to(torch.int32), perm.to(torch.int32)
+
+
+@torch.library.custom_op("mace_triton::graph_plan", mutates_args=())
+def _graph_plan(edge_index: torch.Tensor, n_in: int, n_out: int, by_sender: bool) -> list[torch.Tensor]:
+    _check_range(edge_index, n_in, n_out)
+    receiver_ptr, perm = _rows(edge_index[1], n_out)
+    sender = edge_index[0].index_select(0, perm).to(torch.int32)
+    if by_sender:
+        sender_ptr, sender_perm = _rows(edge_index[0], n_in)
+    else:
+        sender_ptr, sender_perm = perm.new_empty(0), perm.new_empty(0)
+    return [receiver_ptr, perm, sender, sender_ptr, sender_perm]
+
+
+@_graph_plan.register_fake
+def _(edge_index, n_in, n_out, by_sender):
+    def ints(n):
+        return edge_index.new_empty(n, dtype=torch.int32)
+
+    n_edges = edge_index.shape[1]
+    rows = (n_in + 1, n_edges) if by_sender else (0, 0)
+    return [ints(n_out + 1), ints(n_edges), ints(n_edges), ints(rows[0]), ints(rows[1])]
+
+
+_last: tuple | None = None
+
+
+def graph_plan(edge_index: torch.Tensor, n_in: int, n_out: int, *, by_sender: bool = False) -> GraphPlan:
+    """Sort the edges of a graph by receiver; the newest plan is kept and given again for the same, unchanged tensor.
+
+    edge_index: [2, E] int64 or int32, (sender, receiver), in any order, duplicates allowed. n_in, n_out: how many
+    nodes the senders and receivers index. by_sender: also sort by sender, which a deterministic backward needs.
+
+    Raises TypeError for another dtype, ValueError for another shape or an index out of range (checked once a graph).
+    """
+    global _last
+    if edge_index.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"edge_index must be int64 or int32, got {edge_index.dtype}")
+    if edge_index.ndim != 2 or edge_index.shape[0] != 2:
+        raise ValueError(f"edge_index must have shape [2, E], got {list(edge_index.shape)}")
+    if torch.compiler.is_compiling() or edge_index.is_inference() or _capturing(edge_index):
+        return GraphPlan(edge_index, *_graph_plan(edge_index, n_in, n_out, by_sender))
+    tag = (edge_index._version, n_in, n_out, by_sender)
+    if _last is None or _last[0] is not edge_index or _last[1] != tag:
+        plan = GraphPlan(edge_index, *_graph_plan(edge_index, n_in, n_out, by_sender))
+        _last = (edge_index, tag, plan)
+        return plan
+    return _last[2]
