@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 
 import mace  # noqa: F401  before e3nn, see mace_triton/__init__.py
 import torch
@@ -34,7 +34,7 @@ def parse_irreps(irreps, name: str) -> o3.Irreps:
         raise ValueError(f"{name}: {irreps!r} is not an irreps string such as '128x0e+128x1o'") from error
 
 
-@lru_cache(maxsize=None)
+@cache
 def cg_nonzeros(l1: int, l2: int, l3: int) -> tuple[tuple[int, int, int, float], ...]:
     """Nonzeros (m1, m2, m3, value) of sqrt(2 l3 + 1) w3j(l1, l2, l3), e3nn's real basis and "component" normalisation.
 
@@ -76,9 +76,7 @@ class Slot:
 
 def slots_of(irreps: o3.Irreps, layout: str) -> tuple[Slot, ...]:
     """The blocks of `irreps` in storage order; element (m, c) of a slot lies at offset + m stride_m + c stride_c."""
-    return tuple(
-        Slot(s.start, mul, ir.l, ir.p, layout) for (mul, ir), s in zip(irreps, irreps.slices(), strict=True)
-    )
+    return tuple(Slot(s.start, mul, ir.l, ir.p, layout) for (mul, ir), s in zip(irreps, irreps.slices(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,9 @@ class ChannelwiseTPProblem:
             if a.mul != c.mul:
                 raise ValueError(f"instructions[{number}]: 'uvu' needs equal multiplicities, got {a.mul} and {c.mul}")
             if c.parity != a.parity * b.parity or not abs(a.l - b.l) <= c.l <= a.l + b.l:
-                raise ValueError(f"instructions[{number}]: l = {a.l} x {b.l} does not give l = {c.l}, or parities differ")
+                raise ValueError(
+                    f"instructions[{number}]: l = {a.l} x {b.l} does not give l = {c.l}, or parities differ"
+                )
 
     @classmethod
     def from_mace(cls, irreps_in1, irreps_in2, irreps_target, **layouts) -> ChannelwiseTPProblem:
@@ -190,7 +190,7 @@ class ChannelwiseTPProblem:
         )
 
     @staticmethod
-    @lru_cache(maxsize=None)
+    @cache
     def from_key(key: str) -> ChannelwiseTPProblem:
         in1, in2, out, instructions, layout_in, layout_out = key.split("|")
         triples = tuple(tuple(int(n) for n in t.split(".")) for t in instructions.split(",") if t)

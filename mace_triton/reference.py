@@ -18,7 +18,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def cg(l1: int, l2: int, l3: int, like: torch.Tensor) -> torch.Tensor:
-    """Dense sqrt(2 l3 + 1) w3j(l1, l2, l3), [2 l1 + 1, 2 l2 + 1, 2 l3 + 1], in the dtype and on the device of `like`."""
+    """Dense sqrt(2 l3 + 1) w3j(l1, l2, l3), [2 l1 + 1, 2 l2 + 1, 2 l3 + 1], dtype and device of `like`."""
     key = (l1, l2, l3, like.dtype, like.device)
     if key not in _cg_cache:
         dense = torch.zeros(2 * l1 + 1, 2 * l2 + 1, 2 * l3 + 1, dtype=torch.float64)
@@ -70,8 +70,8 @@ def channelwise_tp_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients (gx, gy, gw) of `channelwise_tp_fwd` for the output gradient g [N_out, dim_out].
 
-    With u[e, p, m1, c] = sum_{m2, m3} C_p g[r(e), m3, c] y[e, m2]:  gw = sum_m1 u x,  gx += w u summed over the edges of
-    a sender,  gy[e, m2] = sum_{c, p, m1, m3} C_p w x g.
+    With u[e, p, m1, c] = sum_{m2, m3} C_p g[r(e), m3, c] y[e, m2]:  gw = sum_m1 u x,  gx += w u summed over the edges
+    of a sender,  gy[e, m2] = sum_{c, p, m1, m3} C_p w x g.
     """
     dtype = accumulate_dtype(x.dtype)
     sent, wide_y, wide_w = x.to(dtype).index_select(0, edge_index[0]), y.to(dtype), w.to(dtype)

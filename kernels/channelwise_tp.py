@@ -1,0 +1,182 @@
+"""Channel-wise tensor product with gather by sender and sum into the receiver.
+
+    out[i, p, m3, c] = sum_{e -> i} w[e, p, c] sum_{m1, m2} C_p[m1, m2, m3] x[s(e), m1, c] y[e, m2]
+
+Forward. One program owns a receiver i and BLOCK_C channels, and walks the receiver's edges in sorted order. Sums run
+*uncoupled*: A_p[m1, m2] += (w x[m1]) y[m2] costs one multiply-add a pair, and the Clebsch-Gordan tensor is applied once
+a node, after the loop: out_p[m3] = sum C_p[m1, m2, m3] A_p[m1, m2]. No atomics: the result has the same bits every run.
+
+Backward, on the same rows, with G_p[m1, m2] = sum_m3 C_p g[m3] held in registers for the whole row:
+
+    u_p[m1] = sum_m2 G_p y[m2]      gw_p = sum_m1 u x      gx[m1] += w u      gy[m2] = sum_c sum_{p, m1} G_p (w x[m1])
+
+gy leaves as one partial sum per channel block; gx goes to the sender by atomic adds, or, in deterministic mode, to one
+row per edge that a second kernel sums in the order of the sender's edges.
+
+Double backward. The product is trilinear, so the cotangents (a, b, q) of (gx, gy, gw) act as tangents of (x, y, w):
+with z = w x and its tangent z' = w a + q x, the forward becomes A += z' y + z b, and the backward uses
+v = sum_m2 G b beside u:  dw = sum_m1 (v x + u a),  dx = w v + q u,  dy = sum_c G z'.
+
+The loops over paths and their nonzero coefficients are unrolled when the source is generated (`_codegen.py`): Triton
+has no register arrays, and the coefficients become literals.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from . import channelwise_tp_source as source
+from . import tiles
+
+_ACC = {torch.float64: (torch.float64, tl.float64)}
+_TAG = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def _accumulate(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
+    return _ACC.get(dtype, (torch.float32, tl.float32))
+
+
+@cache
+def _forward_kernels(problem, budget: int, block_c: int, tangent: bool) -> list[tuple]:
+    """(kernel, channel blocks) of every part of the forward."""
+    return [
+        (_jit(source.forward_source(problem, part, block_c, tangent)), _blocks(problem, part, block_c))
+        for part in source.partition(problem, budget, aligned=False)
+    ]
+
+
+@cache
+def _backward_kernels(problem, budget: int, block_c: int, gx: str, tangent: bool) -> list[tuple]:
+    """(kernel, channel blocks) of every part of the backward; its parts share no component of x."""
+    return [
+        (_jit(source.backward_source(problem, part, block_c, gx, tangent)), _blocks(problem, part, block_c))
+        for part in source.partition(problem, budget, aligned=True)
+    ]
+
+
+def _blocks(problem, part: tuple[int, ...], block_c: int) -> int:
+    return triton.cdiv(problem.paths[part[0]].mul, block_c)
+
+
+def _jit(text: str):
+    module = source.compile_source(text)
+    return next(value for name, value in vars(module).items() if name.endswith("_kernel"))
+
+
+def _tile(op: str, problem, x: torch.Tensor, w: torch.Tensor, nodes: int) -> tiles.Tile:
+    return tiles.choose(
+        op, dtype=_TAG[x.dtype], storage=_TAG[w.dtype], channels=max(p.mul for p in problem.paths), nodes=nodes
+    )
+
+
+def _covered(problem) -> bool:
+    return {path.slot3 for path in problem.paths} == set(range(len(problem.slots3)))
+
+
+def _run_forward(problem, operands: tuple[torch.Tensor, ...], plan, tangent: bool) -> torch.Tensor:
+    x, w = operands[0], operands[4 if tangent else 2]
+    out = (torch.empty if _covered(problem) else torch.zeros)(
+        (plan.n_out, problem.dim_out), dtype=x.dtype, device=x.device
+    )
+    tile = _tile("channelwise_tp_fwd", problem, x, w, plan.n_out)
+    budget = tile["TANGENT_PAIRS" if tangent else "PAIRS"]
+    for kernel, blocks in _forward_kernels(problem, budget, tile["BLOCK_C"], tangent):
+        if plan.n_out:
+            kernel[(plan.n_out * blocks,)](
+                *operands,
+                out,
+                plan.receiver_ptr,
+                plan.perm,
+                plan.sender,
+                ACC=_accumulate(x.dtype)[1],
+                BLOCK_C=tile["BLOCK_C"],
+                STAGES=tile.num_stages,
+                UNROLL=tile["UNROLL"],
+                num_warps=tile.num_warps,
+            )
+    return out
+
+
+def _run_backward(problem, g: torch.Tensor, operands: tuple[torch.Tensor, ...], plan, tangent: bool, wrt_x: bool):
+    x, y, w = operands[::2] if tangent else operands
+    acc, acc_tl = _accumulate(x.dtype)
+    tile = _tile("channelwise_tp_bwd", problem, x, w, plan.n_out)
+    deterministic = plan.sender_ptr.shape[0] > 0
+    mode = "none" if not wrt_x else "edge" if deterministic else "atomic"
+    budget = tile["TANGENT_PAIRS" if tangent else "PAIRS"]
+    kernels = _backward_kernels(problem, budget, tile["BLOCK_C"], mode, tangent)
+    rows = {"edge": plan.n_edges, "atomic": x.shape[0], "none": 0}[mode]
+    gx = torch.zeros((rows, problem.dim_in1), dtype=acc, device=x.device)
+    gy = torch.empty((plan.n_edges, sum(blocks for _, blocks in kernels), problem.dim_in2), dtype=acc, device=x.device)
+    gw = torch.empty_like(w)
+    part = 0
+    for kernel, blocks in kernels:
+        if plan.n_out and plan.n_edges:
+            kernel[(plan.n_out * blocks,)](
+                g,
+                *operands,
+                gx,
+                gy,
+                gw,
+                plan.receiver_ptr,
+                plan.perm,
+                plan.sender,
+                gx.stride(0),
+                gy.stride(0),
+                part,
+                ACC=acc_tl,
+                BLOCK_C=tile["BLOCK_C"],
+                STAGES=tile.num_stages,
+                UNROLL=tile["UNROLL"],
+                num_warps=tile.num_warps,
+            )
+        part += blocks
+    if mode == "edge":
+        gx = segment_sum(gx, plan.sender_ptr, plan.sender_perm)
+    return gx.to(x.dtype), gy.sum(1).to(y.dtype), gw
+
+
+@triton.jit
+def segment_sum_kernel(rows_ptr, ptr_ptr, perm_ptr, out_ptr, width, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """out[i] = sum of rows[perm[k]] for k in ptr[i] .. ptr[i + 1], in that order."""
+    blocks = tl.cdiv(width, BLOCK)
+    node = (tl.program_id(0) // blocks).to(tl.int64)
+    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    mask = column < width
+    begin = tl.load(ptr_ptr + node)
+    end = tl.load(ptr_ptr + node + 1)
+    total = tl.zeros([BLOCK], ACC)
+    for k in range(begin, end):
+        row = tl.load(perm_ptr + k).to(tl.int64)
+        total += tl.load(rows_ptr + row * width + column, mask=mask, other=0.0)
+    tl.store(out_ptr + node * width + column, total, mask=mask)
+
+
+def segment_sum(rows: torch.Tensor, ptr: torch.Tensor, perm: torch.Tensor) -> torch.Tensor:
+    """Sum rows [E, width] into [n, width] along the compressed rows (ptr [n + 1], perm [E]), same bits every run."""
+    n, width = ptr.shape[0] - 1, rows.shape[1]
+    out = torch.empty((n, width), dtype=rows.dtype, device=rows.device)
+    if n and width:
+        grid = (n * triton.cdiv(width, 128),)
+        segment_sum_kernel[grid](rows, ptr, perm, out, width, ACC=_accumulate(rows.dtype)[1], BLOCK=128, num_warps=1)
+    return out
+
+
+def forward(problem, x: torch.Tensor, y: torch.Tensor, w: torch.Tensor, plan) -> torch.Tensor:
+    """out [plan.n_out, dim_out] for contiguous x [N, dim_in1], y [E, dim_in2], w [E, weight_numel]."""
+    return _run_forward(problem, (x, y, w), plan, tangent=False)
+
+
+def backward(problem, g: torch.Tensor, x: torch.Tensor, y: torch.Tensor, w: torch.Tensor, plan, wrt_x: bool = True):
+    """(gx, gy, gw) for the output gradient g; gx has no rows when `wrt_x` is False."""
+    return _run_backward(problem, g, (x, y, w), plan, False, wrt_x)
+
+
+def double_backward(problem, g, x, y, w, a, b, q, plan):
+    """(dg, dx, dy, dw) for cotangents (a, b, q) of (gx, gy, gw)."""
+    operands = (x, a, y, b, w, q)
+    return _run_forward(problem, operands, plan, tangent=True), *_run_backward(problem, g, operands, plan, True, True)
