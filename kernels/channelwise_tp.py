@@ -45,17 +45,24 @@ def _forward_kernels(problem, budget: int, block_c: int, tangent: bool) -> list[
     """(kernel, channel blocks) of every part of the forward."""
     return [
         (_jit(source.forward_source(problem, part, block_c, tangent)), _blocks(problem, part, block_c))
-        for part in source.partition(problem, budget, aligned=False)
+        for part in source.partition(problem, budget)
     ]
 
 
 @cache
-def _backward_kernels(problem, budget: int, block_c: int, gx: str, tangent: bool) -> list[tuple]:
-    """(kernel, channel blocks) of every part of the backward; its parts share no component of x."""
-    return [
-        (_jit(source.backward_source(problem, part, block_c, gx, tangent)), _blocks(problem, part, block_c))
-        for part in source.partition(problem, budget, aligned=True)
-    ]
+def _backward_kernels(problem, budget: int, block_c: int, gx: str, tangent: bool) -> tuple[list[tuple], int]:
+    """(kernel, channel blocks) of every part of the backward, and how many partial sums of gy they leave an edge."""
+    parts = source.partition(problem, budget)
+    gy_rows = sum(_blocks(problem, part, block_c) for part in parts)
+    kernels, first, seen = [], 0, set()
+    for part in parts:
+        slots = {problem.paths[n].slot1 for n in part}
+        mode = "edge_add" if gx == "edge" and slots & seen else gx
+        text = source.backward_source(problem, part, block_c, mode, (first, gy_rows), tangent)
+        kernels.append((_jit(text), _blocks(problem, part, block_c)))
+        first += kernels[-1][1]
+        seen |= slots
+    return kernels, gy_rows
 
 
 def _blocks(problem, part: tuple[int, ...], block_c: int) -> int:
@@ -79,26 +86,29 @@ def _covered(problem) -> bool:
 
 def _run_forward(problem, operands: tuple[torch.Tensor, ...], plan, tangent: bool) -> torch.Tensor:
     x, w = operands[0], operands[4 if tangent else 2]
-    out = (torch.empty if _covered(problem) else torch.zeros)(
-        (plan.n_out, problem.dim_out), dtype=x.dtype, device=x.device
-    )
+    acc, acc_tl = _accumulate(x.dtype)
     tile = _tile("channelwise_tp_fwd", problem, x, w, plan.n_out)
+    splits = tile["SPLIT"]
+    out = (torch.empty if _covered(problem) else torch.zeros)(
+        (splits, plan.n_out, problem.dim_out), dtype=x.dtype if splits == 1 else acc, device=x.device
+    )
     budget = tile["TANGENT_PAIRS" if tangent else "PAIRS"]
     for kernel, blocks in _forward_kernels(problem, budget, tile["BLOCK_C"], tangent):
         if plan.n_out:
-            kernel[(plan.n_out * blocks,)](
+            kernel[(plan.n_out * blocks * tile["SPLIT"],)](
                 *operands,
                 out,
                 plan.receiver_ptr,
                 plan.perm,
                 plan.sender,
-                ACC=_accumulate(x.dtype)[1],
+                ACC=acc_tl,
                 BLOCK_C=tile["BLOCK_C"],
+                SPLIT=tile["SPLIT"],
                 STAGES=tile.num_stages,
                 UNROLL=tile["UNROLL"],
                 num_warps=tile.num_warps,
             )
-    return out
+    return out[0] if splits == 1 else out.sum(0).to(x.dtype)
 
 
 def _run_backward(problem, g: torch.Tensor, operands: tuple[torch.Tensor, ...], plan, tangent: bool, wrt_x: bool):
@@ -108,15 +118,14 @@ def _run_backward(problem, g: torch.Tensor, operands: tuple[torch.Tensor, ...], 
     deterministic = plan.sender_ptr.shape[0] > 0
     mode = "none" if not wrt_x else "edge" if deterministic else "atomic"
     budget = tile["TANGENT_PAIRS" if tangent else "PAIRS"]
-    kernels = _backward_kernels(problem, budget, tile["BLOCK_C"], mode, tangent)
+    kernels, gy_rows = _backward_kernels(problem, budget, tile["BLOCK_C"], mode, tangent)
     rows = {"edge": plan.n_edges, "atomic": x.shape[0], "none": 0}[mode]
     gx = torch.zeros((rows, problem.dim_in1), dtype=acc, device=x.device)
-    gy = torch.empty((plan.n_edges, sum(blocks for _, blocks in kernels), problem.dim_in2), dtype=acc, device=x.device)
+    gy = torch.empty((plan.n_edges, gy_rows, problem.dim_in2), dtype=acc, device=x.device)
     gw = torch.empty_like(w)
-    part = 0
     for kernel, blocks in kernels:
         if plan.n_out and plan.n_edges:
-            kernel[(plan.n_out * blocks,)](
+            kernel[(plan.n_out * blocks * tile["SPLIT"],)](
                 g,
                 *operands,
                 gx,
@@ -125,16 +134,13 @@ def _run_backward(problem, g: torch.Tensor, operands: tuple[torch.Tensor, ...], 
                 plan.receiver_ptr,
                 plan.perm,
                 plan.sender,
-                gx.stride(0),
-                gy.stride(0),
-                part,
                 ACC=acc_tl,
                 BLOCK_C=tile["BLOCK_C"],
+                SPLIT=tile["SPLIT"],
                 STAGES=tile.num_stages,
                 UNROLL=tile["UNROLL"],
                 num_warps=tile.num_warps,
             )
-        part += blocks
     if mode == "edge":
         gx = segment_sum(gx, plan.sender_ptr, plan.sender_perm)
     return gx.to(x.dtype), gy.sum(1).to(y.dtype), gw

@@ -35,15 +35,14 @@ def pairs(path) -> list[tuple[int, int]]:
     return sorted({(m1, m2) for m1, m2, _, _ in path.cg})
 
 
-def partition(problem, budget: int, aligned: bool) -> list[tuple[int, ...]]:
-    """Split the paths into parts of equal multiplicity with at most `budget` live (m1, m2) pairs each.
+def partition(problem, budget: int) -> list[tuple[int, ...]]:
+    """Split the paths into parts of one multiplicity with at most `budget` live (m1, m2) pairs each (or one unit).
 
-    A part is one launch. A path is never split, nor are paths that share an output slot; with `aligned`, nor are those
-    that share an input slot (so that each component of x belongs to one part).
+    A part is one launch. Paths that share an output slot stay together; paths of one input slot stay neighbours.
     """
-    units: dict[tuple, list[int]] = defaultdict(list)
+    units: dict[tuple[int, int], list[int]] = defaultdict(list)
     for number, path in enumerate(problem.paths):
-        units[(path.mul, path.slot1 if aligned else path.slot3)].append(number)
+        units[path.mul, path.slot3].append(number)
     ordered = sorted(units.items(), key=lambda unit: (unit[0][0], problem.paths[unit[1][0]].slot1, unit[1][0]))
     parts: list[tuple[int, ...]] = []
     size, mul = 0, None
@@ -84,21 +83,25 @@ class Writer:
         channel = "c" if slot.stride_c == 1 else f"c * {slot.stride_c}"
         return f"{row} + {slot.offset + m * slot.stride_m} + {channel}"
 
-    def head(self, name: str, pointers: str, scalars: str) -> None:
+    def head(self, name: str, pointers: str) -> None:
         self.emit("@triton.jit")
-        arguments = [f"{p}_ptr" for p in pointers.split()] + scalars.split()
-        self.emit(
-            f"def {name}({', '.join(arguments)}, ACC: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr):"
-        )
+        arguments = [f"{p}_ptr" for p in pointers.split()]
+        constants = ", ".join(f"{name}: tl.constexpr" for name in ("ACC", "BLOCK_C", "SPLIT", "STAGES", "UNROLL"))
+        self.emit(f"def {name}({', '.join(arguments)}, {constants}):")
         self.depth += 1
         blocks = triton.cdiv(self.mul, self.block_c)
         self.emit(f"block = tl.program_id(0) % {blocks}")
-        self.emit(f"node = (tl.program_id(0) // {blocks}).to(tl.int64)")
+        self.emit(f"split = tl.program_id(0) // {blocks} % SPLIT")
+        self.emit(f"node = (tl.program_id(0) // ({blocks} * SPLIT)).to(tl.int64)")
         self.emit("c = block * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C] channels")
         if self.store_mask:
             self.emit(f"mask = c < {self.mul}")
         self.emit("begin = tl.load(receiver_ptr + node)")
         self.emit("end = tl.load(receiver_ptr + node + 1)")
+        self.emit("if SPLIT > 1:")
+        self.emit("    chunk = tl.cdiv(end - begin, SPLIT)")
+        self.emit("    begin += split * chunk")
+        self.emit("    end = tl.minimum(end, begin + chunk)")
 
     def loop(self, operands: str) -> None:
         """Open the loop over the receiver's edges and load the named operands: x, a by sender; y, b, w, q by edge."""
@@ -127,11 +130,14 @@ class Writer:
 
 
 def forward_source(problem, numbers: tuple[int, ...], block_c: int, tangent: bool = False) -> str:
-    """`channelwise_tp_fwd_kernel`, or with `tangent` its derivative along (a, b, q)."""
+    """`channelwise_tp_fwd_kernel`, or with `tangent` its derivative along (a, b, q).
+
+    Each of SPLIT programs of a node sums a share of its edges into a plane of its own of out [SPLIT, nodes, dim_out].
+    """
     out = Writer(problem, numbers, block_c)
     operands = "xaybwq" if tangent else "xyw"
     name = "channelwise_tp_fwd_tangent_kernel" if tangent else "channelwise_tp_fwd_kernel"
-    out.head(name, " ".join(operands) + " out receiver perm sender", "")
+    out.head(name, " ".join(operands) + " out receiver perm sender")
     for n, path in out.paths:
         for m1, m2 in pairs(path):
             out.emit(f"A{n}_{m1}_{m2} = tl.zeros([BLOCK_C], ACC)")
@@ -146,7 +152,9 @@ def forward_source(problem, numbers: tuple[int, ...], block_c: int, tangent: boo
                 y, b = f"y{path.slot2}_{m2}", f"b{path.slot2}_{m2}"
                 out.emit(f"A{n}_{m1}_{m2} += " + (f"zt * {y} + z * {b}" if tangent else f"z * {y}"))
     out.depth -= 1
-    out.emit(f"out_row = out_ptr + node * {problem.dim_out}")
+    blocks = triton.cdiv(out.mul, block_c)
+    out.emit(f"nodes = tl.num_programs(0) // ({blocks} * SPLIT)")
+    out.emit(f"out_row = out_ptr + (split.to(tl.int64) * nodes + node) * {problem.dim_out}")
     sums: dict[tuple[int, int], list[str]] = defaultdict(list)
     for n, path in out.paths:
         for m1, m2, m3, value in path.cg:
@@ -182,16 +190,26 @@ def _backward_path(out: Writer, n: int, path, tangent: bool, started: set[str]) 
     out.emit(f"tl.store(gw_row + {path.weight}, gw{out.store_mask})")
 
 
-def backward_source(problem, numbers: tuple[int, ...], block_c: int, gx: str, tangent: bool = False) -> str:
+GX_STORES = {
+    "atomic": 'tl.atomic_add({0}, {1}{2}, sem="relaxed")',
+    "edge": "tl.store({0}, {1}{2})",
+    "edge_add": "tl.store({0}, tl.load({0}{3}) + {1}{2})",
+}
+"""How the gradient of x leaves: added to the sender's row; one row an edge; added to that row (a later part)."""
+
+
+def backward_source(
+    problem, numbers: tuple[int, ...], block_c: int, gx: str, gy_rows: tuple[int, int], tangent: bool = False
+) -> str:
     """`channelwise_tp_bwd_kernel`, or with `tangent` its derivative along (a, b, q) at fixed g.
 
-    gx: "atomic" adds to the sender's row, "edge" stores one row an edge, "none" leaves it out.
+    gx: a key of GX_STORES, or "none" to leave it out. gy_rows: (first, all) partial sums of gy an edge: where the
+    channel blocks of this part begin, and how many those of all parts are.
     """
     out = Writer(problem, numbers, block_c)
     operands = "xaybwq" if tangent else "xyw"
     name = "channelwise_tp_bwd_tangent_kernel" if tangent else "channelwise_tp_bwd_kernel"
-    scalars = "gx_stride gy_stride gy_part"
-    out.head(name, "g " + " ".join(operands) + " gx gy gw receiver perm sender", scalars)
+    out.head(name, "g " + " ".join(operands) + " gx gy gw receiver perm sender")
     out.emit(f"lane = tl.arange(0, {triton.next_power_of_2(problem.dim_in2)})")
     out.emit(f"g_row = g_ptr + node * {problem.dim_out}")
     for n, path in out.paths:
@@ -207,15 +225,14 @@ def backward_source(problem, numbers: tuple[int, ...], block_c: int, gx: str, ta
     for n, path in out.paths:
         _backward_path(out, n, path, tangent, started)
     if gx != "none":
-        out.emit(f"gx_row = gx_ptr + {'e' if gx == 'edge' else 's'} * gx_stride")
-        store = "tl.store({}, {}{})" if gx == "edge" else 'tl.atomic_add({}, {}{}, sem="relaxed")'
+        out.emit(f"gx_row = gx_ptr + {'s' if gx == 'atomic' else 'e'} * {problem.dim_in1}")
         for slot, m in out.x_parts:
             pointer = out.pointer("gx_row", problem.slots1[slot], m)
-            out.emit(store.format(pointer, f"gx{slot}_{m}", out.store_mask))
+            out.emit(GX_STORES[gx].format(pointer, f"gx{slot}_{m}", out.store_mask, out.load_mask))
     out.emit("total = tl.zeros_like(lane).to(ACC)")
     for slot, m in out.y_parts:
         out.emit(f"total = tl.where(lane == {problem.slots2[slot].offset + m}, tl.sum(gy{slot}_{m}, 0), total)")
-    row = f"gy_ptr + e * gy_stride + (gy_part + block) * {problem.dim_in2} + lane"
+    row = f"gy_ptr + (e * {gy_rows[1]} + {gy_rows[0]} + block) * {problem.dim_in2} + lane"
     out.emit(f"tl.store({row}, total, mask=lane < {problem.dim_in2})")
     return out.text()
 
