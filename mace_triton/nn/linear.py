@@ -1,0 +1,98 @@
+"""The module that stands in for e3nn's `o3.Linear`: same weights, same state dict, one kernel launch."""
+
+from __future__ import annotations
+
+import torch
+from e3nn import o3
+
+from ..linear_problem import LinearProblem
+from ..ops.linear import linear, lowp_weight
+from ..precision import LINEAR_MODES
+
+
+class _WeightCopy:
+    """The 16-bit copy of one parameter, made anew when the parameter changed. Copies and pickles start empty."""
+
+    def __init__(self) -> None:
+        self.version: tuple | None = None
+        self.copy: torch.Tensor | None = None
+
+    def get(self, weight: torch.Tensor, mode: str) -> torch.Tensor:
+        version = (weight._version, weight.data_ptr(), weight.device, mode)
+        if version != self.version:
+            self.version, self.copy = version, lowp_weight(weight.detach(), mode)
+        return self.copy
+
+    def __deepcopy__(self, memo: dict) -> _WeightCopy:
+        return _WeightCopy()
+
+    def __reduce__(self) -> tuple:
+        return _WeightCopy, ()
+
+
+class IrrepsLinear(torch.nn.Module):
+    """`o3.Linear` on our kernel. x [..., irreps_in.dim] -> [..., irreps_out.dim], in the dtype of the weights.
+
+    module: the `o3.Linear` to stand in for; its parameters are shared, not copied, and the state dict has the same
+    keys and shapes (weight, bias, output_mask). mode: "fp64", "ieee", "tf32x3", "tf32", "bf16" or "fp16", see
+    `mace_triton.ops.linear.linear`; parameters in float64 always compute in FP64. layout_in, layout_out: storage order
+    of x and of the result, "mul_ir" (e3nn's) or "ir_mul".
+
+    Raises ValueError for a module `LinearProblem.from_module` rejects, or an unknown mode or layout.
+    """
+
+    def __init__(self, module: o3.Linear, mode: str, layout_in: str = "mul_ir", layout_out: str = "mul_ir"):
+        super().__init__()
+        if mode not in LINEAR_MODES:
+            raise ValueError(f"mode must be one of {LINEAR_MODES}, got {mode!r}")
+        self.problem = LinearProblem.from_module(module, layout_in, layout_out)
+        self.mode = mode
+        self.irreps_in, self.irreps_out = module.irreps_in, module.irreps_out
+        self.weight_numel, self.bias_numel = module.weight_numel, module.bias_numel
+        for name, size in (("weight", self.weight_numel), ("bias", self.bias_numel)):
+            register = self.register_parameter if size else self.register_buffer
+            register(name, getattr(module, name))
+        self.register_buffer("output_mask", module.output_mask)
+        self._weight_copy = _WeightCopy()
+        self.train(module.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., irreps_in.dim] -> [..., irreps_out.dim]."""
+        mode = self.run_mode
+        lowp = None
+        if mode in ("bf16", "fp16") and not torch.compiler.is_compiling():
+            lowp = self._weight_copy.get(self.weight, mode)
+        out = linear(
+            self.problem,
+            x.reshape(-1, x.shape[-1]),
+            self.weight,
+            mode=mode,
+            bias=self.bias if self.bias_numel else None,
+            weight_lowp=lowp,
+        )
+        return out.reshape(*x.shape[:-1], self.problem.dim_out)
+
+    @property
+    def run_mode(self) -> str:
+        """The mode for the weights' dtype: "fp64" after `.double()`, "tf32x3" after `.float()` of an FP64 module."""
+        double = self.weight.dtype == torch.float64
+        if double != (self.mode == "fp64"):
+            return "fp64" if double else "tf32x3"
+        return self.mode
+
+    def restore(self) -> o3.Linear:
+        """The `o3.Linear` (mul_ir) with the same parameters."""
+        problem = self.problem
+        module = o3.Linear(
+            self.irreps_in,
+            self.irreps_out,
+            instructions=list(problem.instructions),
+            biases=list(problem.biases),
+            path_normalization=problem.path_normalization,
+        )
+        module.weight, module.bias, module.output_mask = self.weight, self.bias, self.output_mask
+        return module.train(self.training)
+
+    def extra_repr(self) -> str:
+        p = self.problem
+        return f"{p.irreps_in} ({p.layout_in}) -> {p.irreps_out} ({p.layout_out}), {self.run_mode}"
