@@ -5,6 +5,7 @@
 >>> print(mt.report(fast))
 """
 
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
 
 # A checkout keeps the kernels beside the package, a wheel keeps them inside it.
@@ -14,3 +15,28 @@ if not (_Path(__file__).parent / "kernels").is_dir() and (_Path(__file__).parent
 import mace  # noqa: F401  sets what e3nn 0.4.4 needs to import under torch >= 2.6, so it comes first
 
 __version__ = "0.1.0"
+
+# Public name -> module that holds it, imported at first use.
+_PUBLIC = {
+    "accelerate": "convert",
+    "restore": "convert",
+    "report": "convert",
+    "load_model": "convert",
+    "Precision": "precision",
+    "certify": "certify",
+    "Certificate": "certify",
+    "MACETritonCalculator": "calculator",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(_import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    globals()[name] = value  # over the submodule of the same name that the import has just put there
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

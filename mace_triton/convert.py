@@ -1,0 +1,355 @@
+"""Swap MACE's modules for ours and back: `accelerate`, `restore`, and `report`, which says block by block what runs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import mace  # noqa: F401  before e3nn, see mace_triton/__init__.py
+import torch
+from e3nn import nn, o3
+from mace.calculators import foundations_models as foundations
+from mace.modules import blocks, models
+from mace.modules.radial import RadialMLP
+from mace.modules.symmetric_contraction import SymmetricContraction
+
+from .linear_problem import LinearProblem
+from .nn.conv import ConvTP, problem_of
+from .nn.linear import IrrepsLinear
+from .ops import dispatch
+from .precision import PRESETS, Precision
+
+_OURS = (IrrepsLinear, ConvTP)
+MODELS = (models.MACE, models.AtomicDipolesMACE, models.AtomicDielectricMACE, models.EnergyDipolesMACE)
+
+
+@dataclass(frozen=True)
+class Inner:
+    """Which linears of an interaction block read conv_tp's message, and which read linear_up's features beside it."""
+
+    behind: str = "linear"
+    beside: tuple[str, ...] = ()
+
+    @property
+    def layouts(self) -> dict[str, tuple[str, str]]:
+        """Module -> (layout read, layout written): channels lie side by side from linear_up on, nobody else looks."""
+        readers = dict.fromkeys((self.behind, *self.beside), ("ir_mul", "mul_ir"))
+        return {"linear_up": ("mul_ir", "ir_mul"), "conv_tp": ("ir_mul", "ir_mul"), **readers}
+
+
+BLOCKS: dict[type, Inner] = {
+    blocks.RealAgnosticInteractionBlock: Inner(),
+    blocks.RealAgnosticResidualInteractionBlock: Inner(),
+    blocks.RealAgnosticDensityInteractionBlock: Inner(),
+    blocks.RealAgnosticDensityResidualInteractionBlock: Inner(),
+    blocks.RealAgnosticAttResidualInteractionBlock: Inner(),
+    blocks.RealAgnosticResidualNonLinearInteractionBlock: Inner("linear_1", ("linear_res",)),
+}
+
+# Embeddings and readouts cost nothing beside the rest and their rounding goes straight into the energy (or into every
+# edge weight), so a low-precision policy leaves them as exact as its parameters.
+EXACT = ("node_embedding", "readouts", "embedding_readout", "source_embedding", "target_embedding")
+
+
+@dataclass
+class Conversion:
+    """What `accelerate` did to a model: the policy, and the reason for each module that stayed MACE's own."""
+
+    precision: Precision
+    deterministic: bool
+    kept: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module: name in the model, class, what runs it, in which precision, from which layout to which."""
+
+    block: str
+    module: str
+    runs: str
+    precision: str
+    layout: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a model runs on, row by row in `rows`; str() is an aligned table."""
+
+    title: str
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        cells = [("block", "module", "runs", "precision", "layout")]
+        cells += [(r.block, r.module, r.runs, r.precision, r.layout) for r in self.rows]
+        widths = [max(len(row[i]) for row in cells) for i in range(5)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+        return "\n".join([self.title, *lines])
+
+
+def accelerate(
+    model: torch.nn.Module,
+    precision: str | Precision | None = None,
+    *,
+    deterministic: bool = False,
+    strict: bool = False,
+) -> torch.nn.Module:
+    """A copy of a MACE model whose tensor products and linears run on our kernels; `model` itself is untouched.
+
+    The copy has MACE's class, attributes, forward and state dict (same keys, shapes and values): it trains, pickles
+    and goes into `MACECalculator(models=...)` as before. Energies in eV and forces in eV/angstrom, as the model's.
+
+    precision: "fp64", "fp32", "tf32", "bf16", "fp16" or a `Precision`; None keeps the model's own (fp64 or fp32). The
+    copy's parameters take the policy's dtype (FP32 master weights for the low-precision ones). An accelerated model
+    is converted anew from its restored form. deterministic: the same bits on every run. strict: raise where a module
+    that has a kernel could not use it, instead of keeping MACE's own code and saying so in `report`.
+
+    Raises TypeError for what is no MACE model; ValueError for a cuEquivariance or OpenEquivariance model, an unknown
+    precision, parameters of another dtype than float64 or float32, and under strict.
+    """
+    check_model(model)
+    policy = _policy(model, precision)
+    fast = restore(model).to(policy.torch_dtype)
+    conversion = Conversion(policy, deterministic)
+    layouts = _layouts(fast)
+    for name, parent, child in list(_candidates(fast)):
+        reason = _refusal(parent, child)
+        if reason:
+            conversion.kept[name] = reason
+        else:
+            _swap(fast, name, _replacement(name, child, conversion, layouts))
+    if strict and conversion.kept:
+        lines = "\n".join(f"  {name}: {reason}" for name, reason in conversion.kept.items())
+        raise ValueError(f"strict=True: these modules have a kernel but cannot use it\n{lines}")
+    fast.mace_triton = conversion
+    return fast
+
+
+def restore(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of an accelerated (or plain) MACE model on MACE's own e3nn modules: same weights, same dtype.
+
+    Raises TypeError or ValueError for the models that `accelerate` refuses.
+    """
+    check_model(model)
+    plain = copy.deepcopy(model)
+    with torch.random.fork_rng(devices=[]):  # e3nn draws weights that the restored ones replace
+        for name, module in list(plain.named_modules()):
+            if isinstance(module, _OURS):
+                _swap(plain, name, module.restore())
+    plain.__dict__.pop("mace_triton", None)
+    return plain
+
+
+def report(model: torch.nn.Module) -> Report:
+    """What each block of a model runs on: kernel or MACE's own code and why, precision, layout. `print` it.
+
+    Raises TypeError or ValueError for the models that `accelerate` refuses.
+    """
+    check_model(model)
+    conversion = getattr(model, "mace_triton", None)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    rows = [_row(name, module, conversion, dtype) for name, module in model.named_modules() if _is_block(module)]
+    name = type(model).__name__
+    if conversion is None:
+        return Report(f"{name}: plain MACE, not accelerated", tuple(rows))
+    order = "deterministic" if conversion.deterministic else "sums in any order"
+    return Report(f"{name}: precision {conversion.precision.name}, {order}", tuple(rows))
+
+
+def load_model(path_or_name: str | Path, device: str = "cpu") -> torch.nn.Module:
+    """Load a MACE model from a .model file, or by name: MACE-MP ("medium", "medium-mpa-0", ...) or "off-medium".
+
+    A named model is fetched once by MACE's own loader. A .model file is a pickle and can run code: open only files
+    that you trust. Returns the model on `device`, with the dtype it was saved in.
+
+    Raises FileNotFoundError for a path that does not exist and ValueError for a file that is no MACE model, for a
+    model on another backend than e3nn, and for a device that is not there.
+    """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, but torch sees no GPU: use device='cpu'")
+    name = str(path_or_name)
+    if name.startswith("off-") and name[4:] in foundations.mace_off_urls:
+        return foundations.mace_off(model=name[4:], device=device, return_raw_model=True)
+    path = Path(foundations.download_mace_mp_checkpoint(name) if name in foundations.mace_mp_urls else name)
+    if not path.is_file():
+        names = [*foundations.mace_mp_urls, *(f"off-{size}" for size in foundations.mace_off_urls)]
+        raise FileNotFoundError(f"path_or_name: no file {name!r}; known model names are {', '.join(names)}")
+    try:
+        model = torch.load(path, map_location=device, weights_only=False)
+    except Exception as error:  # unpickling fails in as many ways as there are files
+        raise ValueError(f"{path} is no MACE model file ({type(error).__name__}: {error}){_EXPECTED}") from error
+    if isinstance(model, dict):
+        raise ValueError(f"{path} holds a dictionary ({', '.join(map(str, list(model)[:4]))}){_EXPECTED}")
+    try:
+        check_model(model)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return model
+
+
+_EXPECTED = "; expected is the whole model as MACE's training saves it, NAME.model"
+
+
+def check_model(model: object) -> None:
+    """Raise TypeError or ValueError, with the remedy, unless `model` is a MACE model on e3nn modules (or ours)."""
+    if isinstance(model, (str, Path)):
+        raise TypeError(f"model is the path {str(model)!r}: pass mace_triton.load_model(path) instead")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model is TorchScript (made for LAMMPS?): pass the .model file it was compiled from")
+    if hasattr(model, "_orig_mod"):
+        raise TypeError("model came from torch.compile: accelerate the model before compiling it")
+    if hasattr(model, "models") and hasattr(model, "calculate"):
+        raise TypeError("model is a calculator: pass its calculator.models[0]")
+    if not isinstance(model, MODELS):
+        raise TypeError(f"model must be a MACE model (MACE, ScaleShiftMACE, ...), got {type(model).__name__}")
+    for name, module in model.named_modules():
+        backend = _foreign_backend(module)
+        if backend:
+            raise ValueError(
+                f"model was converted to {backend} ({name or type(module).__name__}); its weights lie in another "
+                f"layout. Convert it back first: mace.cli.convert_{_CONVERTERS[backend]}_e3nn.run(model)"
+            )
+
+
+_CONVERTERS = {"cuEquivariance": "cueq", "OpenEquivariance": "oeq"}
+
+
+def _foreign_backend(module: torch.nn.Module) -> str:
+    package = type(module).__module__.split(".")[0]
+    if package in ("cuequivariance_torch", "openequivariance"):
+        return "cuEquivariance" if package.startswith("cu") else "OpenEquivariance"
+    if hasattr(module, "layout_transpose_in") or getattr(getattr(module, "oeq_config", None), "enabled", False):
+        return "OpenEquivariance"
+    config = getattr(module, "cueq_config", None)
+    if config is not None and (config.enabled or getattr(config, "layout_str", "mul_ir") != "mul_ir"):
+        return "cuEquivariance"
+    return ""
+
+
+def _policy(model: torch.nn.Module, precision: str | Precision | None) -> Precision:
+    if precision is not None:
+        return Precision.parse(precision)
+    dtype = next(model.parameters()).dtype
+    names = {torch.float64: "fp64", torch.float32: "fp32"}
+    if dtype not in names:
+        raise ValueError(f"model has {dtype} parameters: name a precision, one of {sorted(PRESETS)}")
+    return PRESETS[names[dtype]]
+
+
+def _candidates(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, torch.nn.Module]]:
+    """(name, parent, module) of every module that has a kernel of ours."""
+    for prefix, parent in model.named_modules():
+        for key, child in parent.named_children():
+            is_conv = key == "conv_tp" and isinstance(child, o3.TensorProduct)
+            if type(child) is o3.Linear or is_conv:
+                yield f"{prefix}.{key}" if prefix else key, parent, child
+
+
+def _refusal(parent: torch.nn.Module, child: torch.nn.Module) -> str:
+    """Why `child` stays MACE's own, or an empty string."""
+    kind = type(parent)
+    if isinstance(parent, blocks.InteractionBlock) and kind not in BLOCKS:
+        return f"interaction block {kind.__name__} is not known"
+    if kind.__module__ != blocks.__name__:
+        return f"{kind.__module__}.{kind.__name__} may use it in its own way"
+    try:
+        _problem(child)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def _problem(module: torch.nn.Module) -> object:
+    """The module's problem, whatever its layout; TypeError or ValueError where it has none."""
+    return problem_of(module) if isinstance(module, o3.TensorProduct) else LinearProblem.from_module(module)
+
+
+def _layouts(model: torch.nn.Module) -> dict[str, tuple[str, str]]:
+    """Full module name -> (layout read, layout written), of the interaction blocks that take ir_mul inside."""
+    layouts = {}
+    for prefix, block in model.named_modules():
+        inner = BLOCKS.get(type(block))
+        if inner and _takes_ir_mul(block, inner):
+            layouts.update({f"{prefix}.{key}": pair for key, pair in inner.layouts.items()})
+    return layouts
+
+
+def _takes_ir_mul(block: torch.nn.Module, inner: Inner) -> bool:
+    """Whether all modules of the chain have a kernel and agree slot by slot on what they hand over."""
+    parts = {key: getattr(block, key, None) for key in inner.layouts}
+    conv = parts.pop("conv_tp")
+    if type(conv) is not o3.TensorProduct or any(type(part) is not o3.Linear for part in parts.values()):
+        return False
+    if any(_refusal(block, part) for part in (conv, *parts.values())):
+        return False
+    _split_like(block, inner.behind, conv.irreps_out)
+    features = [parts["linear_up"].irreps_out, *(parts[key].irreps_in for key in inner.beside)]
+    return getattr(block, inner.behind).irreps_in == conv.irreps_out and all(f == conv.irreps_in1 for f in features)
+
+
+def _split_like(block: torch.nn.Module, key: str, irreps: o3.Irreps) -> None:
+    # Models saved by older versions of MACE have `irreps` simplified in this linear (5 slots of 128x1o are 640x1o).
+    # In mul_ir, and with one output slot per irrep, that is the same map with the same packed weights; in ir_mul the
+    # slots must be told apart.
+    linear = getattr(block, key)
+    distinct = len({ir for _, ir in linear.irreps_out}) == len(linear.irreps_out)
+    if linear.irreps_in == irreps or linear.irreps_in != irreps.simplify() or linear.bias_numel or not distinct:
+        return
+    with torch.random.fork_rng(devices=[]):
+        split = o3.Linear(irreps, linear.irreps_out)
+    split.weight, split.bias, split.output_mask = linear.weight, linear.bias, linear.output_mask
+    setattr(block, key, split.train(linear.training))
+
+
+def _replacement(
+    name: str, module: torch.nn.Module, conversion: Conversion, layouts: dict[str, tuple[str, str]]
+) -> torch.nn.Module:
+    policy = conversion.precision
+    layout_in, layout_out = layouts.get(name, ("mul_ir", "mul_ir"))
+    if isinstance(module, o3.TensorProduct):
+        return ConvTP(module, policy.tensor_product, layout_in, layout_out, conversion.deterministic)
+    exact = any(part in EXACT for part in name.split("."))
+    mode = PRESETS[policy.dtype].linear if exact else policy.linear
+    return IrrepsLinear(module, mode, layout_in=layout_in, layout_out=layout_out)
+
+
+def _swap(model: torch.nn.Module, name: str, new: torch.nn.Module) -> None:
+    """Put `new` in the place of the module `name`; MACE calls conv_tp with the edges where conv_fusion is set."""
+    prefix, _, key = name.rpartition(".")
+    parent = model.get_submodule(prefix)
+    new.train(getattr(parent, key).training)
+    setattr(parent, key, new)
+    if isinstance(new, ConvTP):
+        parent.conv_fusion = True
+    elif key == "conv_tp":
+        del parent.conv_fusion
+
+
+_SWAPPABLE = (o3.Linear, o3.TensorProduct)
+_NO_KERNEL = (
+    o3.FullyConnectedTensorProduct,
+    o3.SphericalHarmonics,
+    SymmetricContraction,
+    blocks.RadialEmbeddingBlock,
+    nn.FullyConnectedNet,
+    RadialMLP,
+)
+
+
+def _is_block(module: torch.nn.Module) -> bool:
+    return isinstance(module, (*_OURS, *_SWAPPABLE, *_NO_KERNEL))
+
+
+def _row(name: str, module: torch.nn.Module, conversion: Conversion | None, dtype: str) -> Row:
+    kind = type(module).__name__
+    if isinstance(module, _OURS):
+        linear = isinstance(module, IrrepsLinear)
+        kernel, precision = (
+            ("linear", module.run_mode) if linear else ("channelwise_tp", f"{module.run_storage} weights")
+        )
+        triton = dispatch.backend(module.output_mask) == "triton"
+        runs = f"kernels/{kernel}.py" if triton else f"{kernel}, reference formulas on the CPU"
+        return Row(name, kind, runs, precision, f"{module.problem.layout_in} -> {module.problem.layout_out}")
+    reason = "not accelerated" if conversion is None else conversion.kept.get(name, "no kernel yet")
+    return Row(name, kind, f"MACE's own code: {reason}", dtype, "mul_ir")
