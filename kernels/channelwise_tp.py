@@ -89,12 +89,12 @@ def _run_forward(problem, operands: tuple[torch.Tensor, ...], plan, tangent: boo
     acc, acc_tl = _accumulate(x.dtype)
     tile = _tile("channelwise_tp_fwd", problem, x, w, plan.n_out)
     splits = tile["SPLIT"]
-    out = (torch.empty if _covered(problem) else torch.zeros)(
+    out = (torch.empty if _covered(problem) and plan.n_edges else torch.zeros)(
         (splits, plan.n_out, problem.dim_out), dtype=x.dtype if splits == 1 else acc, device=x.device
     )
     budget = tile["TANGENT_PAIRS" if tangent else "PAIRS"]
     for kernel, blocks in _forward_kernels(problem, budget, tile["BLOCK_C"], tangent):
-        if plan.n_out:
+        if plan.n_out and plan.n_edges:
             kernel[(plan.n_out * blocks * tile["SPLIT"],)](
                 *operands,
                 out,
@@ -104,8 +104,6 @@ def _run_forward(problem, operands: tuple[torch.Tensor, ...], plan, tangent: boo
                 ACC=acc_tl,
                 BLOCK_C=tile["BLOCK_C"],
                 SPLIT=tile["SPLIT"],
-                STAGES=tile.num_stages,
-                UNROLL=tile["UNROLL"],
                 num_warps=tile.num_warps,
             )
     return out[0] if splits == 1 else out.sum(0).to(x.dtype)
@@ -137,8 +135,6 @@ def _run_backward(problem, g: torch.Tensor, operands: tuple[torch.Tensor, ...], 
                 ACC=acc_tl,
                 BLOCK_C=tile["BLOCK_C"],
                 SPLIT=tile["SPLIT"],
-                STAGES=tile.num_stages,
-                UNROLL=tile["UNROLL"],
                 num_warps=tile.num_warps,
             )
     if mode == "edge":

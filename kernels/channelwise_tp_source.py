@@ -86,7 +86,7 @@ class Writer:
     def head(self, name: str, pointers: str) -> None:
         self.emit("@triton.jit")
         arguments = [f"{p}_ptr" for p in pointers.split()]
-        constants = ", ".join(f"{name}: tl.constexpr" for name in ("ACC", "BLOCK_C", "SPLIT", "STAGES", "UNROLL"))
+        constants = ", ".join(f"{name}: tl.constexpr" for name in ("ACC", "BLOCK_C", "SPLIT"))
         self.emit(f"def {name}({', '.join(arguments)}, {constants}):")
         self.depth += 1
         blocks = triton.cdiv(self.mul, self.block_c)
@@ -103,30 +103,110 @@ class Writer:
         self.emit("    begin += split * chunk")
         self.emit("    end = tl.minimum(end, begin + chunk)")
 
+    def index(self, edge: str, sender: str, position: str) -> None:
+        self.emit(f"{edge} = tl.load(perm_ptr + {position}).to(tl.int64)")
+        self.emit(f"{sender} = tl.load(sender_ptr + {position}).to(tl.int64)")
+
+    def rows(self, edge: str, sender: str) -> None:
+        """Row pointers of the operands: x, a by sender; y, b, w, q by edge."""
+        problem = self.problem
+        of = {"x": (sender, problem.dim_in1), "y": (edge, problem.dim_in2), "w": (edge, problem.weight_numel)}
+        for letter, kind in zip(self.operands, self.kinds, strict=True):
+            row, width = of[kind]
+            lanes = {"x": "", "y": " + lane", "w": " + c"}[kind]
+            self.emit(f"{letter}_row = {letter}_ptr + {row} * {width}{lanes}")
+
     def loop(self, operands: str) -> None:
-        """Open the loop over the receiver's edges and load the named operands: x, a by sender; y, b, w, q by edge."""
-        self.emit("for k in tl.range(begin, end, num_stages=STAGES, loop_unroll_factor=UNROLL):")
+        """Open the loop over the receiver's edges: edge e from sender s.
+
+        Loads run one edge ahead: a register is filled for the next edge as soon as this edge has used it (`fill`), so
+        that memory latency hides behind the arithmetic of a whole edge without a second set of registers. The rows of
+        y and b travel as one vector and are handed to all lanes by a gather.
+        """
+        self.operands, self.kinds = (
+            operands,
+            [{"a": "x", "b": "y", "q": "w"}.get(letter, letter) for letter in operands],
+        )
+        width = triton.next_power_of_2(self.problem.dim_in2)
+        self.emit(f"lane = tl.arange(0, {width})")
+        self.lane_mask = "" if width == self.problem.dim_in2 else f", mask=lane < {self.problem.dim_in2}, other=0.0"
+        self.emit("place = tl.arange(0, BLOCK_C)")
+        self.emit("last = tl.maximum(end - 1, 0)")
+        self.index("e", "s", "tl.minimum(begin, last)")
+        self.index("e_next", "s_next", "tl.minimum(begin + 1, last)")
+        self.rows("e", "s")
+        self.fill_y()
+        for slot in {slot: None for slot, _ in self.x_parts}:
+            self.fill_x(slot)
+        for n, _ in self.paths:
+            self.fill_w(n)
+        self.emit("for k in range(begin, end):")
         self.depth += 1
-        self.emit("e = tl.load(perm_ptr + k).to(tl.int64)")
-        self.emit("s = tl.load(sender_ptr + k).to(tl.int64)")
-        for letter in operands:
-            {"x": self.load_x, "a": self.load_x, "y": self.load_y, "b": self.load_y}.get(letter, self.load_w)(letter)
+        self.rows("e_next", "s_next")
+        self.index("e_then", "s_then", "tl.minimum(k + 2, last)")
+        for letter in self.letters("y"):
+            for slot, m in self.y_parts:
+                position = f"tl.full([BLOCK_C], {self.problem.slots2[slot].offset + m}, tl.int32)"
+                self.emit(f"{letter}{slot}_{m} = tl.gather({letter}_all, {position}, 0)")
+        self.fill_y()
 
-    def load_x(self, letter: str) -> None:
-        self.emit(f"{letter}_row = {letter}_ptr + s * {self.problem.dim_in1}")
-        for slot, m in self.x_parts:
-            pointer = self.pointer(f"{letter}_row", self.problem.slots1[slot], m)
-            self.emit(f"{letter}{slot}_{m} = tl.load({pointer}{self.load_mask}).to(ACC)")
+    def close(self) -> None:
+        """End the body of the loop: the next edge becomes this one."""
+        self.emit("e, s, e_next, s_next = e_next, s_next, e_then, s_then")
+        self.depth -= 1
 
-    def load_y(self, letter: str) -> None:
-        self.emit(f"{letter}_row = {letter}_ptr + e * {self.problem.dim_in2}")
-        for slot, m in self.y_parts:
-            self.emit(f"{letter}{slot}_{m} = tl.load({letter}_row + {self.problem.slots2[slot].offset + m}).to(ACC)")
+    def letters(self, kind: str) -> list[str]:
+        return [letter for letter, k in zip(self.operands, self.kinds, strict=True) if k == kind]
 
-    def load_w(self, letter: str) -> None:
-        self.emit(f"{letter}_row = {letter}_ptr + e * {self.problem.weight_numel} + c")
-        for n, path in self.paths:
-            self.emit(f"{letter}{n} = tl.load({letter}_row + {path.weight}{self.load_mask}).to(ACC)")
+    def fill_x(self, slot: int) -> None:
+        for letter in self.letters("x"):
+            for m in [m for i, m in self.x_parts if i == slot]:
+                pointer = self.pointer(f"{letter}_row", self.problem.slots1[slot], m)
+                self.emit(f"{letter}{slot}_{m} = tl.load({pointer}{self.load_mask}).to(ACC)")
+
+    def fill_y(self) -> None:
+        for letter in self.letters("y"):
+            self.emit(f"{letter}_all = tl.load({letter}_row{self.lane_mask}).to(ACC)")
+
+    def fill_w(self, n: int) -> None:
+        for letter in self.letters("w"):
+            offset = self.problem.paths[n].weight
+            self.emit(f"{letter}{n} = tl.load({letter}_row + {offset}{self.load_mask}).to(ACC)")
+
+    def store_channel_sums(self, values: dict[int, str], row: str) -> None:
+        """Store at row + i the sum over the BLOCK_C channels of values[i], zero where there is none.
+
+        A butterfly on all values at once: each step halves the values a lane holds and the lanes that hold a value, so
+        16 sums over 32 lanes take 16 shuffles instead of 80.
+        """
+        width = triton.next_power_of_2(self.problem.dim_in2)
+        held = [values.get(i, "zero") for i in range(width)]
+        self.emit("zero = tl.zeros([BLOCK_C], ACC)")
+        distance = self.block_c // 2
+        while distance:
+            other = f"tl.gather({{}}, place ^ {distance}, 0)"
+            if len(held) == 1:
+                self.emit(f"total = {held[0]} + {other.format(held[0])}")
+                held = ["total"]
+            else:
+                half = len(held) // 2
+                self.emit(f"upper = (place & {distance}) != 0")
+                for i in range(half):
+                    low, high = held[i], held[i + half]
+                    self.emit(f"sent = tl.where(upper, {low}, {high})")
+                    self.emit(f"fold{half}_{i} = tl.where(upper, {high}, {low}) + {other.format('sent')}")
+                held = [f"fold{half}_{i}" for i in range(half)]
+            distance //= 2
+        copies = self.block_c // width
+        keep = f"(place % {copies} == 0) & (place // {copies} < {self.problem.dim_in2})"
+        self.emit(f"tl.store({row} + place // {copies}, {held[0]}, mask={keep})")
+
+    def used(self, n: int) -> None:
+        """Path n is done with this edge: fill its weights, and its features if no later path reads them."""
+        self.fill_w(n)
+        slot = self.problem.paths[n].slot1
+        if n == [i for i, path in self.paths if path.slot1 == slot][-1]:
+            self.fill_x(slot)
 
 
 def forward_source(problem, numbers: tuple[int, ...], block_c: int, tangent: bool = False) -> str:
@@ -151,7 +231,8 @@ def forward_source(problem, numbers: tuple[int, ...], block_c: int, tangent: boo
             for m2 in [m2 for n1, m2 in pairs(path) if n1 == m1]:
                 y, b = f"y{path.slot2}_{m2}", f"b{path.slot2}_{m2}"
                 out.emit(f"A{n}_{m1}_{m2} += " + (f"zt * {y} + z * {b}" if tangent else f"z * {y}"))
-    out.depth -= 1
+        out.used(n)
+    out.close()
     blocks = triton.cdiv(out.mul, block_c)
     out.emit(f"nodes = tl.num_programs(0) // ({blocks} * SPLIT)")
     out.emit(f"out_row = out_ptr + (split.to(tl.int64) * nodes + node) * {problem.dim_out}")
@@ -210,7 +291,6 @@ def backward_source(
     operands = "xaybwq" if tangent else "xyw"
     name = "channelwise_tp_bwd_tangent_kernel" if tangent else "channelwise_tp_bwd_kernel"
     out.head(name, "g " + " ".join(operands) + " gx gy gw receiver perm sender")
-    out.emit(f"lane = tl.arange(0, {triton.next_power_of_2(problem.dim_in2)})")
     out.emit(f"g_row = g_ptr + node * {problem.dim_out}")
     for n, path in out.paths:
         for m3 in range(2 * path.l3 + 1):
@@ -221,19 +301,18 @@ def backward_source(
             out.emit(f"G{n}_{pair[0]}_{pair[1]} = {plus(terms)}")
     out.loop(operands)
     out.emit(f"gw_row = gw_ptr + e * {problem.weight_numel} + c")
+    out.emit(f"gx_row = gx_ptr + {'s' if gx == 'atomic' else 'e'} * {problem.dim_in1}")
     started: set[str] = set()
     for n, path in out.paths:
         _backward_path(out, n, path, tangent, started)
-    if gx != "none":
-        out.emit(f"gx_row = gx_ptr + {'s' if gx == 'atomic' else 'e'} * {problem.dim_in1}")
-        for slot, m in out.x_parts:
-            pointer = out.pointer("gx_row", problem.slots1[slot], m)
-            out.emit(GX_STORES[gx].format(pointer, f"gx{slot}_{m}", out.store_mask, out.load_mask))
-    out.emit("total = tl.zeros_like(lane).to(ACC)")
-    for slot, m in out.y_parts:
-        out.emit(f"total = tl.where(lane == {problem.slots2[slot].offset + m}, tl.sum(gy{slot}_{m}, 0), total)")
-    row = f"gy_ptr + (e * {gy_rows[1]} + {gy_rows[0]} + block) * {problem.dim_in2} + lane"
-    out.emit(f"tl.store({row}, total, mask=lane < {problem.dim_in2})")
+        out.used(n)
+        if gx != "none" and n == [i for i, other in out.paths if other.slot1 == path.slot1][-1]:
+            for m in range(2 * path.l1 + 1):
+                pointer = out.pointer("gx_row", problem.slots1[path.slot1], m)
+                out.emit(GX_STORES[gx].format(pointer, f"gx{path.slot1}_{m}", out.store_mask, out.load_mask))
+    row = f"gy_ptr + (e * {gy_rows[1]} + {gy_rows[0]} + block) * {problem.dim_in2}"
+    out.store_channel_sums({problem.slots2[i].offset + m: f"gy{i}_{m}" for i, m in out.y_parts}, row)
+    out.close()
     return out.text()
 
 
