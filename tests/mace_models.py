@@ -55,7 +55,7 @@ def build(
     name: str,
     dtype: torch.dtype = torch.float64,
     *,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     channels: int | None = None,
     elements: tuple[int, ...] | None = None,
     seed: int = 0,
