@@ -78,8 +78,31 @@ def _load_rows(ptr, row, row_mask, first, mul, dim, BLOCK_C: tl.constexpr, LAYOU
 
 
 @triton.jit
+def _store_rows(ptr, tile, row, row_mask, first, mul, dim, LAYOUT: tl.constexpr, LANES: tl.constexpr,
+                EVEN: tl.constexpr):  # fmt: skip
+    """Store a tile [R, C] as channels first.. of one slot; `row` as in `_load_rows`."""
+    channel = first + _view_channels(tile.shape[1], LAYOUT, LANES)
+    mask = _view_rows(row_mask, LAYOUT)
+    if not EVEN:
+        mask = mask & (channel < mul)
+    if LAYOUT == "mul_ir":
+        channel *= dim
+    tl.store(ptr + _view_rows(row, LAYOUT) + channel, _to_view(tile, LAYOUT, LANES), mask=mask)
+
+
+@triton.jit
+def _load_weights(w_ptr, k, column, k_mul, mul, TRANSPOSED: tl.constexpr, EVEN: tl.constexpr):
+    """Tile [BLOCK_K, BLOCK_N] of one weight block; transposed, it is packed [mul written, mul read]."""
+    place = k[:, None] + column[None, :] * k_mul if TRANSPOSED else k[:, None] * mul + column[None, :]
+    if EVEN:
+        return tl.load(w_ptr + place)
+    else:
+        return tl.load(w_ptr + place, mask=(k < k_mul)[:, None] & (column < mul)[None, :], other=0.0)
+
+
+@triton.jit
 def _row_places(row, width, mul, dim, LAYOUT: tl.constexpr):
-    """Place of channel 0 of rows (node, m), relative to the slot's first element. 64 bit: node * width may pass 2^31."""
+    """Place of channel 0 of rows (node, m) from the slot's first element on. 64 bit: node * width may pass 2^31."""
     place = (row // dim).to(tl.int64) * width
     if LAYOUT == "ir_mul":
         return place + (row % dim) * mul
@@ -179,14 +202,7 @@ def linear_fwd_kernel(
         x = _load_rows(x_ptr, place, row_mask, x_first, x_mul, dim, BLOCK_C=BLOCK_K, LAYOUT=X_LAYOUT, LANES=LANES,
                        EVEN=EVEN_K)  # fmt: skip
         k = x_first + tl.arange(0, BLOCK_K)
-        if TRANSPOSED:  # W is packed [mul of this group, mul of x's slot]
-            w_place = weight + k[:, None] + column[None, :] * x_mul
-        else:
-            w_place = weight + k[:, None] * mul + column[None, :]
-        if EVEN_K and EVEN_N:
-            w = tl.load(w_ptr + w_place)
-        else:
-            w = tl.load(w_ptr + w_place, mask=(k < x_mul)[:, None] & (column < mul)[None, :], other=0.0)
+        w = _load_weights(w_ptr + weight, k, column, x_mul, mul, TRANSPOSED, EVEN_K and EVEN_N)
         acc = _dot(x, w, acc, MODE, INTERPRET)  # [BLOCK_M, BLOCK_N]
     acc *= tl.load(scale_ptr + group).to(acc_dtype)
     if HAS_BIAS:
@@ -196,13 +212,7 @@ def linear_fwd_kernel(
     if HAS_RESIDUAL:
         acc += _load_rows(residual_ptr, place, row_mask, first, mul, dim, BLOCK_C=BLOCK_N, LAYOUT=OUT_LAYOUT,
                           LANES=LANES, EVEN=EVEN_N)  # fmt: skip
-    channel = first + _view_channels(BLOCK_N, OUT_LAYOUT, LANES)
-    mask = _view_rows(row_mask, OUT_LAYOUT)
-    if not EVEN_N:
-        mask = mask & (channel < mul)
-    if OUT_LAYOUT == "mul_ir":
-        channel *= dim
-    tl.store(out_ptr + _view_rows(place, OUT_LAYOUT) + channel, _to_view(acc, OUT_LAYOUT, LANES), mask=mask)
+    _store_rows(out_ptr, acc, place, row_mask, first, mul, dim, OUT_LAYOUT, LANES, EVEN_N)
 
 
 @triton.jit(do_not_specialize=["n_nodes", "nodes_per_part"])

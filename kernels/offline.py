@@ -1,4 +1,4 @@
-"""Compile kernels for a GPU that is not there, and read what the compiler used: registers, stack, shared memory, spills.
+"""Compile kernels for a GPU that is not there, and read what they use: registers, stack, shared memory, spills.
 
     compile_offline(kernel, signature, constexprs, "sm_90", num_warps=4, num_stages=1) -> CompiledStats
 
@@ -46,7 +46,7 @@ class Case:
 
 @dataclass(frozen=True)
 class CompiledStats:
-    """Per thread: registers, stack bytes, spills (bytes on NVIDIA, vector registers on AMD). Per block: shared bytes."""
+    """Per thread: registers, stack bytes, spilled bytes (AMD: registers). Per block: shared bytes. Opcode counts."""
 
     target: str
     registers: int

@@ -100,6 +100,8 @@ class LinearProblem:
             ("biases", biases),
         ):
             object.__setattr__(self, name, value)
+        # torch.compile cannot trace the first read of a cached property, so what an op's caller reads is made here.
+        _ = self.key, self.dim_in, self.dim_out, self.weight_numel, self.bias_numel
 
     @classmethod
     def from_module(cls, module: o3.Linear, layout_in: str = "mul_ir", layout_out: str = "mul_ir") -> LinearProblem:

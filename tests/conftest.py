@@ -1,0 +1,54 @@
+"""Without a GPU the kernels run in Triton's interpreter, which must be chosen before Triton is imported."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+from mace_triton.ops import dispatch
+
+
+def _poisoned(make):
+    """`make`, but floating-point tensors that our own code asks for start as NaN: elements never written show."""
+
+    def wrapper(*args, **kwargs):
+        tensor = make(*args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.startswith("mace_triton") and tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+        return tensor
+
+    return wrapper
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_empties(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty, empty_like and Tensor.new_empty give NaN to mace_triton."""
+    monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """The same random numbers in every test, whatever ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The GPU if there is one; else the CPU, where the kernels run in the interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def reference_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors take the plain PyTorch formulas, as they do for users, instead of the interpreter."""
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
