@@ -1,0 +1,247 @@
+"""The bars this package set itself, measured in one run: `python -m bench.bars [--only conv,linear,model,...]`.
+
+Every row is guarded: what fails is written down as failed and the next one is measured. The JSON file is written anew
+after every row and keeps the sections of earlier runs that this one does not touch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from . import blocks, first_use, measure, models, rows, timing
+from .rows import OURS, Row
+
+FAST = ("cueq", "oeq", OURS)
+
+
+class Section:
+    """The rows and bars of one part of the run, and the file they are flushed to."""
+
+    def __init__(self, name: str, path: Path, device: torch.device):
+        self.name, self.path, self.device = name, path, device
+        self.started, self.rows, self.bars = time.perf_counter(), [], []
+        self.header = rows.environment(device)
+
+    def flush(self) -> None:
+        document = json.loads(self.path.read_text()) if self.path.exists() else {"sections": {}}
+        self.header["seconds"] = round(time.perf_counter() - self.started, 1)
+        document["sections"][self.name] = {"environment": self.header, "rows": self.rows, "bars": self.bars}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(document, indent=1) + "\n")
+
+    def add(self, row: Row) -> Row:
+        self.rows.append(row)
+        rows.add_ratios(self.rows)
+        self.flush()
+        detail = f"{row['gpu_ms']:.4f} ms" if row["status"] == "ok" and "gpu_ms" in row else row["reason"] or ""
+        words = [row[key] for key in ("block", "case", "atoms", "provider", "precision", "variant", "direction")]
+        print("  ", *(str(word) for word in words if word), row["status"], detail, flush=True)
+        return row
+
+    def measure(self, specs: list[measure.Spec]) -> None:
+        for spec in specs:
+            self.add(measure.measure(spec, self.device))
+
+    def value(self, key: str, case, direction: str, provider: str, precision: str) -> float:
+        """One number of a measured row; LookupError saying why when the row is not there or not ok."""
+        spec = measure.Spec(case, provider, precision, direction)
+        wanted = measure.describe(spec)
+        for row in self.rows:
+            if all(row.get(name) == value for name, value in wanted.items()):
+                if row["status"] != "ok":
+                    raise LookupError(f"{provider} {precision} {row['status']}: {row['reason']}")
+                return float(row[key])
+        raise LookupError(f"{provider} {precision} was not measured")
+
+    def ratio(self, text: str, case, direction: str, peer: str, precision: str, least: float | None, key="gpu_ms"):
+        """A bar: the peer's FP32 figure over ours."""
+
+        def quotient() -> float:
+            return self.value(key, case, direction, peer, "fp32") / self.value(key, case, direction, OURS, precision)
+
+        self.bar(f"{text}: {peer} fp32 / ours {precision}", quotient, least=least)
+
+    def bar(self, text: str, value: Callable[[], float], *, least: float | None = None, most: float | None = None):
+        """Write down a figure and whether it reaches its bar; a figure with neither limit is only reported."""
+        entry: Row = {"bar": text, "value": None, "least": least, "most": most, "verdict": "not measured"}
+        try:
+            entry["value"] = round(value(), 4)
+            entry["verdict"] = _verdict(entry["value"], least, most)
+        except (LookupError, ZeroDivisionError, TypeError) as error:
+            entry["reason"] = str(error)[:200]
+        self.bars.append(entry)
+        self.flush()
+
+
+def _verdict(value: float, least: float | None, most: float | None) -> str:
+    if least is None and most is None:
+        return "reported"
+    return "pass" if (least is None or value >= least) and (most is None or value <= most) else "FAIL"
+
+
+def conv(section: Section) -> None:
+    """The convolution of the three models' second layers at 1536 atoms."""
+    cases = {name: blocks.ConvCase(name, 1536) for name in ("large", "medium", "small")}
+    for name, case in cases.items():
+        section.measure(measure.specs([case], [(p, ("fp32",)) for p in FAST], blocks.DIRECTIONS))
+        section.measure(measure.specs([case], [(OURS, ("bf16",))], blocks.DIRECTIONS))
+        least = 1.5 if name == "large" else 1.3
+        for direction in blocks.DIRECTIONS:
+            section.ratio(f"conv_tp {name} {direction}", case, direction, "cueq", "fp32", least)
+            bf16 = 2.0 if name == "large" else None
+            section.ratio(f"conv_tp {name} {direction}", case, direction, "cueq", "bf16", bf16)
+        oeq = 3.0 if name == "large" else None
+        section.ratio(f"conv_tp {name} {blocks.DIRECTIONS[1]}", case, blocks.DIRECTIONS[1], "oeq", "fp32", oeq)
+    section.measure(measure.specs([cases["large"]], [(OURS, ("fp32",))], blocks.DIRECTIONS, "deterministic"))
+    section.measure(measure.specs([cases["large"]], [("e3nn", ("fp32",))], blocks.DIRECTIONS))
+
+
+def linear(section: Section) -> None:
+    """128x0e+128x1o+128x2e to itself at three sizes, and the 71 slots of layer 2 to 16."""
+    for atoms, bf16, fp32 in ((5184, 2.5, 1.5), (41472, 2.5, 1.5), (1536, 1.3, 1.3)):
+        case = blocks.LinearCase("up-large", atoms)
+        section.measure(measure.specs([case], [("cueq", ("fp32", "tf32")), ("e3nn", ("fp32",))], blocks.DIRECTIONS))
+        section.measure(measure.specs([case], [(OURS, ("fp32", "tf32", "bf16"))], blocks.DIRECTIONS))
+        section.ratio(f"linear {atoms} forward", case, "forward", "cueq", "bf16", bf16)
+        section.ratio(f"linear {atoms} forward", case, "forward", "cueq", "fp32", fp32)
+        for precision in ("bf16", "fp32"):
+            section.ratio(f"linear {atoms} forward+backward", case, "forward+backward", "cueq", precision, None)
+    case = blocks.LinearCase("mid-large", 1536)
+    section.measure(measure.specs([case], [("cueq", ("fp32",)), (OURS, ("fp32", "bf16"))], blocks.DIRECTIONS))
+    for precision in ("bf16", "fp32"):
+        for direction in blocks.DIRECTIONS:
+            section.ratio(f"linear 71 to 16, 1536 {direction}", case, direction, "cueq", precision, None)
+
+
+def model(section: Section) -> None:
+    """GPU time of energy and forces, and the share of the blocks we replace."""
+    direction = models.DIRECTIONS[0]
+    providers = [("e3nn", ("fp32",)), ("cueq", ("fp32",)), (OURS, ("fp32", "bf16"))]
+    for name in ("medium", "large"):
+        cases = [models.ModelCase(name, atoms) for atoms in (1536, 5184)]
+        for provider, precisions in providers:
+            section.measure(measure.specs(cases, [(provider, precisions)], [direction]))
+        for case in cases:
+            text = f"model {name} {case.atoms} {direction}"
+            section.ratio(text, case, direction, "e3nn", "fp32", 3.0)
+            section.ratio(text, case, direction, "cueq", "fp32", None)
+            section.ratio(f"{text}, our blocks alone", case, direction, "cueq", "fp32", None, key="blocks_ms")
+            for precision in ("fp32", "bf16"):
+                _share(section, case, direction, precision)
+        measure.forget()
+
+
+def _share(section: Section, case: models.ModelCase, direction: str, precision: str) -> None:
+    def share() -> float:
+        blocks_ms, total = (section.value(k, case, direction, OURS, precision) for k in ("blocks_ms", "gpu_ms"))
+        return blocks_ms / total
+
+    section.bar(f"model {case.name} {case.atoms}: share of our blocks in our {precision} GPU time", share)
+
+
+def memory(section: Section) -> None:
+    """Peak memory of energy and forces, ours against OpenEquivariance's."""
+    direction = models.DIRECTIONS[0]
+    for name in ("medium", "large"):
+        cases = [models.ModelCase(name, atoms) for atoms in (1536, 5184)]
+        for provider in FAST:
+            for case in cases:
+                section.add(_memory_row(measure.Spec(case, provider, "fp32", direction), section.device))
+        for case in cases:
+            for peer, most in (("oeq", 1.0), ("cueq", None)):
+
+                def quotient(case=case, peer=peer) -> float:
+                    ours, theirs = (section.value("peak_mib", case, direction, p, "fp32") for p in (OURS, peer))
+                    return ours / theirs
+
+                section.bar(f"memory {name} {case.atoms}: peak ours / {peer}", quotient, most=most)
+        measure.forget()
+
+
+def _memory_row(spec: measure.Spec, device: torch.device) -> Row:
+    def work() -> Row:
+        ready = measure.prepared(spec, device)
+        return {"errors": ready.errors, "edges": ready.extra["edges"], "peak_mib": ready.extra["peak_mib"]}
+
+    return measure.guarded(measure.describe(spec), work)
+
+
+def compile_(section: Section) -> None:
+    """First use of a model in a fresh process: without and with a warm Triton cache."""
+    for name in ("medium", "large"):
+        case = models.ModelCase(name, 192)
+        with tempfile.TemporaryDirectory() as cache:
+            runs = [(OURS, "cold"), (OURS, "warm")] + [("e3nn", "any cache")] * (name == "medium")
+            for provider, state in runs:
+                row = measure.describe(measure.Spec(case, provider, "fp32", "first use", state))
+                row = measure.guarded(row, lambda p=provider: first_use.in_fresh_process(Path(cache), name, 192, p))
+                section.add(row)
+                if provider == OURS:
+                    limit = 30.0 if state == "cold" else 3.0
+                    section.bar(f"first use {name}, {state}: seconds", lambda row=row: row["seconds"], most=limit)
+
+
+SECTIONS: dict[str, Callable[[Section], None]] = {
+    "conv": conv,
+    "linear": linear,
+    "model": model,
+    "memory": memory,
+    "compile": compile_,
+}
+
+
+def table(bars: list[Row]) -> Iterator[str]:
+    """One line per bar: verdict, figure, limit, text."""
+    for bar in bars:
+        limit = "" if bar["least"] is None else f">= {bar['least']}"
+        limit = limit if bar["most"] is None else f"<= {bar['most']}"
+        value = bar.get("reason", "")[:60] if bar["value"] is None else f"{bar['value']:.3f}"
+        yield f"{bar['verdict']:>12} {value:>10} {limit:>8}  {bar['bar']}"
+
+
+def run(names: list[str], path: Path, device: torch.device) -> list[Row]:
+    """Measure the named sections one after another; the bars of all of them."""
+    bars: list[Row] = []
+    for name in names:
+        section = Section(name, path, device)
+        print(f"{name}:", flush=True)
+        try:
+            section.header["copy_bandwidth_gb_per_s"] = round(timing.copy_bandwidth(device) / 1e9, 1)
+            SECTIONS[name](section)
+        except Exception as error:  # one section must not take the others with it
+            section.bar(f"{name}: stopped, {measure.reason(error)}", lambda: float("nan"), least=0.0)
+        section.flush()
+        measure.forget()
+        timing.free_memory(device)
+        bars += section.bars
+        print(f"{name}: {section.header['seconds']} s", flush=True)
+    return bars
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default=",".join(SECTIONS), help=f"comma-separated, of: {', '.join(SECTIONS)}")
+    parser.add_argument("--out", type=Path, default=rows.RESULTS / "bars.json")
+    arguments = parser.parse_args()
+    names = arguments.only.split(",")
+    unknown = [name for name in names if name not in SECTIONS]
+    if unknown:
+        parser.error(f"--only: unknown section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+    if not torch.cuda.is_available():
+        parser.error("the bars are for a GPU, and torch sees none here; `pytest bench/ --benchmark-only` runs anywhere")
+    bars = run(names, arguments.out, torch.device("cuda"))
+    print(torch.cuda.get_device_name(), rows.revision())
+    print("\n".join(table(bars)))
+    return int(any(bar["verdict"] in ("FAIL", "not measured") for bar in bars))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

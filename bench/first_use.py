@@ -1,0 +1,71 @@
+"""How long the first use of a model takes: `python -m bench.first_use` in a fresh process prints one line of JSON.
+
+The clock runs from accelerate() to the end of the first energy and forces. Imports, the device's context and the
+making of the e3nn model lie before it: any provider pays for them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from . import models, providers, timing
+from .rows import Row
+
+
+def first_use(name: str, atoms: int, provider: str, precision: str, channels: int, device: torch.device) -> Row:
+    """Seconds for the conversion, the first and the second call; `seconds` is the first two together."""
+    if provider == "mace_triton":
+        import mace_triton.convert  # noqa: F401  an import, not a first use
+    plain = providers.model_e3nn(models.mp_model(name, channels), "fp64", device)
+    data = models.batch(atoms, models.ELEMENTS, providers.model_dtype(precision), device)
+    torch.zeros(1, device=device)
+    timing.synchronize(device)
+    marks = [time.perf_counter()]
+    model = providers.builder("model", provider)(plain, precision, device)
+    model.requires_grad_(False)
+    timing.synchronize(device)
+    marks.append(time.perf_counter())
+    for _ in range(2):
+        models.energy_forces(model, data)
+        timing.synchronize(device)
+        marks.append(time.perf_counter())
+    convert, first, second = (b - a for a, b in zip(marks, marks[1:], strict=False))
+    return {"convert_s": convert, "first_call_s": first, "second_call_s": second, "seconds": convert + first}
+
+
+def in_fresh_process(cache: Path, name: str, atoms: int, provider: str, precision: str = "fp32", **options) -> Row:
+    """Run `first_use` in a new process whose Triton cache is the folder `cache`.
+
+    Raises RuntimeError with the end of its error output when it fails.
+    """
+    words = {"model": name, "atoms": atoms, "provider": provider, "precision": precision, **options}
+    command = [sys.executable, "-m", "bench.first_use", *(f"--{key}={value}" for key, value in words.items())]
+    env = os.environ | {"TRITON_CACHE_DIR": str(cache)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=Path(__file__).parents[1], timeout=400)
+    if done.returncode != 0:
+        raise RuntimeError(" / ".join(done.stderr.strip().splitlines()[-3:])[-300:])
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="medium", choices=sorted(models.HIDDEN))
+    parser.add_argument("--atoms", type=int, default=192)
+    parser.add_argument("--provider", default="mace_triton", choices=providers.NAMES)
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--channels", type=int, default=128)
+    a = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    print(json.dumps(first_use(a.model, a.atoms, a.provider, a.precision, a.channels, device)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""One row: build, gate, time. Whatever goes wrong becomes a row that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import torch
+
+from . import blocks, models, timing
+from .providers import MissingProviderError
+from .rows import OURS, Row
+
+Case = blocks.ConvCase | blocks.LinearCase | blocks.ContractionCase | models.ModelCase
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What to measure. variant: "deterministic", or layouts such as "mul_ir->ir_mul"; empty for the usual."""
+
+    case: Case
+    provider: str
+    precision: str
+    direction: str
+    variant: str = ""
+
+    def __str__(self) -> str:
+        parts = (self.case.name, self.case.atoms, self.provider, self.precision, self.direction, self.variant)
+        return "-".join(str(part).replace(" ", "_") for part in parts if part)
+
+
+def specs(cases, providers, directions, variant: str = "") -> list[Spec]:
+    """Every combination; `providers` are (name, precisions) pairs. Directions of one provider follow each other."""
+    return [
+        Spec(case, provider, precision, direction, variant)
+        for case in cases
+        for provider, precisions in providers
+        for precision in precisions
+        for direction in directions
+    ]
+
+
+@lru_cache(maxsize=1)
+def _prepared_block(case, provider: str, precision: str, variant: str, device: torch.device) -> blocks.Prepared:
+    timing.free_memory(device)
+    return case.prepare(provider, precision, variant, device)
+
+
+@lru_cache(maxsize=1)
+def _prepared_model(case, provider, precision, variant, device, direction) -> blocks.Prepared:
+    return case.prepare(provider, precision, variant, device, direction)
+
+
+def prepared(spec: Spec, device: torch.device) -> blocks.Prepared:
+    """The gated provider of a spec; the newest one is kept, so both directions of a block share it."""
+    usual = (spec.case, spec.provider, spec.precision, spec.variant, device)
+    if isinstance(spec.case, models.ModelCase):
+        # The one before must go first: its memory would be counted as this one's.
+        _prepared_model.cache_clear()
+        return _prepared_model(*usual, spec.direction)
+    return _prepared_block(*usual)
+
+
+def forget() -> None:
+    """Let go of everything kept between rows."""
+    for kept in (_prepared_block, _prepared_model, blocks._conv_reference, models._built):
+        kept.cache_clear()
+
+
+def _roofline(row: Row, device: torch.device) -> None:
+    seconds, moved, flops = row["gpu_ms"] * 1e-3, row["bytes"], row["flops"]
+    bandwidth = timing.copy_bandwidth(device)
+    row["roofline_percent"] = round(100 * moved / bandwidth / seconds, 2) if moved else None
+    row["gigabytes_per_s"] = round(moved / seconds / 1e9, 1) if moved else None
+    row["tflop_per_s"] = round(flops / seconds / 1e12, 3) if flops else None
+
+
+def _time_block(spec: Spec, ready: blocks.Prepared, device: torch.device) -> Row:
+    measured = timing.time_calls(ready.calls[spec.direction], device)
+    row = {"bytes": ready.bytes.get(spec.direction), "flops": ready.flops.get(spec.direction), **asdict(measured)}
+    row["input_sets"] = len(ready.calls[spec.direction])
+    _roofline(row, device)
+    return row
+
+
+def _time_model(spec: Spec, ready: blocks.Prepared, device: torch.device) -> Row:
+    (call,) = ready.calls[spec.direction]
+    wall = timing.time_wall(call, device)
+    kernels = timing.profile(call, device)
+    row: Row = {"wall_ms": wall, "gpu_ms": kernels.kernel_ms if kernels else wall}
+    row["launches"] = kernels.launches if kernels else None
+    row["kernels"] = kernels.top if kernels else []
+    share = ready.extra.pop("blocks")
+    if share and spec.provider != "e3nn":
+        row["block_ms"] = models.block_times(*share, device)
+        row["blocks_ms"] = sum(row["block_ms"].values())
+    return row
+
+
+def describe(spec: Spec) -> Row:
+    """The part of a row that is known before anything runs."""
+    return {
+        "block": spec.case.block,
+        "case": spec.case.name,
+        "atoms": spec.case.atoms,
+        "channels": spec.case.channels,
+        "direction": spec.direction,
+        "provider": spec.provider,
+        "precision": spec.precision,
+        "variant": spec.variant,
+    }
+
+
+def reason(error: BaseException) -> str:
+    """Type and first line of an error, short enough for a table."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def guarded(row: Row, work: Callable[[], Row]) -> Row:
+    """`row` with what `work` returns; or with status "missing", "refused" (parity) or "failed" and the reason."""
+    try:
+        return row | work() | {"status": "ok", "reason": None}
+    except MissingProviderError as error:
+        return row | {"status": "missing", "reason": str(error)[:300]}
+    except blocks.ParityError as error:
+        return row | {"status": "refused", "reason": str(error)}
+    except Exception as error:  # a peer may fail in ways of its own, and the other rows still want measuring
+        return row | {"status": "failed", "reason": reason(error)}
+
+
+def measure(spec: Spec, device: torch.device) -> Row:
+    """The row of a spec: parity first, then time. Never raises for what a provider does wrong."""
+
+    def work() -> Row:
+        ready = prepared(spec, device)
+        timed = _time_model if isinstance(spec.case, models.ModelCase) else _time_block
+        row = timed(spec, ready, device)
+        extra = {key: value for key, value in ready.extra.items() if key != "blocks"}
+        return extra | {"errors": ready.errors, "error": max(ready.errors.values())} | row
+
+    row = guarded(describe(spec), work)
+    if row["status"] != "ok":
+        forget()
+        timing.free_memory(device)
+    return row
+
+
+def is_ours(row: Row) -> bool:
+    return row["provider"] == OURS

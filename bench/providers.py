@@ -1,0 +1,305 @@
+"""The same blocks by e3nn, cuEquivariance (cueq), OpenEquivariance (oeq) and mace_triton, behind one signature each.
+
+conv_tp: call(x [N, dim_in1], y [E, dim_in2], w [E, weights], edge_index [2, E]) -> [N, dim_out]
+linear: call(x [N, dim_in]) -> [N, dim_out], with `weight`, the flat parameter in e3nn's order
+symmetric_contraction: call(x [N, C, 16] in mul_ir or [N, 16, C] in ir_mul, one_hot [N, Z]) -> [N, dim_out]
+model: a module called with MACE's dictionary
+
+Every provider is built as MACE itself builds it (mace/modules/wrapper_ops.py and mace/cli/convert_e3nn_*.py) and
+states the layout it works in.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import torch
+from e3nn import o3
+from torch import Tensor
+
+NAMES = ("e3nn", "cueq", "oeq", "mace_triton")
+STORAGE = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""precision -> dtype the radial weights of conv_tp are stored in."""
+
+
+class MissingProviderError(RuntimeError):
+    """A provider that is not installed, or does not offer this block or precision; the message says which."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A built block: how to call it, the layouts of its input and output, and its weight if it owns one."""
+
+    call: Callable[..., Tensor]
+    layout_in: str = "mul_ir"
+    layout_out: str = "mul_ir"
+    weight: Tensor | None = None
+
+
+def model_dtype(precision: str) -> torch.dtype:
+    """dtype of features and parameters: FP64 for fp64, FP32 for every other precision."""
+    return torch.float64 if precision == "fp64" else torch.float32
+
+
+def need(module: str, provider: str):
+    """Import a peer's module, or raise MissingProviderError."""
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # a peer may fail to import in its own ways: a compiler, a driver, a library
+        raise MissingProviderError(f"{provider}: cannot import {module}: {error}") from error
+
+
+def need_precision(provider: str, precision: str, offered: tuple[str, ...]) -> None:
+    if precision not in offered:
+        raise MissingProviderError(f"{provider} offers {', '.join(offered)} here, not {precision}")
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """torch's default dtype inside the block: e3nn, cueq and MACE read it while they build."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Let torch's FP32 matrix products run in TF32 inside the block when the precision says tf32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _cue_irreps(irreps):
+    import cuequivariance as cue
+    from mace.tools.cg import O3_e3nn
+
+    return cue.Irreps(O3_e3nn, str(irreps))
+
+
+def _cueq(device: torch.device):
+    """cuequivariance_torch, with its closed GPU operations where a GPU is asked for."""
+    cuet = need("cuequivariance_torch", "cueq")
+    if device.type == "cuda":
+        need("cuequivariance_ops_torch", "cueq")
+    return cuet
+
+
+def conv_e3nn(problem, precision: str, device: torch.device, variant: str = "") -> Block:
+    """o3.TensorProduct on gathered features, then scatter_sum."""
+    from mace.tools.scatter import scatter_sum
+
+    need_precision("e3nn", precision, ("fp64", "fp32"))
+    instructions = [(i, j, k, "uvu", True) for i, j, k in problem.instructions]
+    with default_dtype(model_dtype(precision)):
+        tp = o3.TensorProduct(
+            problem.irreps_in1,
+            problem.irreps_in2,
+            problem.irreps_out,
+            instructions=instructions,
+            shared_weights=False,
+            internal_weights=False,
+        ).to(device)
+
+    def call(x, y, w, edge_index):
+        return scatter_sum(tp(x[edge_index[0]], y, w), edge_index[1], dim=0, dim_size=x.shape[0])
+
+    return Block(call)
+
+
+def conv_cueq(problem, precision: str, device: torch.device, variant: str = "") -> Block:
+    """cuet.SegmentedPolynomial with gather and scatter fused in, ir_mul, as MACE's with_cueq_conv_fusion calls it."""
+    cuet = _cueq(device)
+    import cuequivariance as cue
+
+    method, dtype = "uniform_1d" if device.type == "cuda" else "naive", model_dtype(precision)
+    irreps = (_cue_irreps(i) for i in (problem.irreps_in1, problem.irreps_in2, problem.irreps_out))
+    with default_dtype(dtype):
+        product = cue.descriptors.channelwise_tensor_product(*irreps).flatten_coefficient_modes().squeeze_modes()
+        polynomial = cuet.SegmentedPolynomial(product.polynomial, math_dtype=dtype, method=method).to(device)
+
+    def call(x, y, w, edge_index):
+        return polynomial([w, x, y], {1: edge_index[0]}, {0: x}, {0: edge_index[1]})[0]
+
+    return Block(call, "ir_mul", "ir_mul")
+
+
+def conv_oeq(problem, precision: str, device: torch.device, variant: str = "") -> Block:
+    """oeq.TensorProductConv with atomics (deterministic=False), mul_ir, as MACE's with_oeq_conv_fusion calls it."""
+    need_precision("oeq", precision, ("fp64", "fp32"))
+    if device.type != "cuda":
+        raise MissingProviderError("oeq runs on a GPU only")
+    oeq = need("openequivariance", "oeq")
+    dtype = oeq.torch_to_oeq_dtype(model_dtype(precision))
+    irreps = (o3.Irreps(i) for i in (problem.irreps_in1, problem.irreps_in2, problem.irreps_out))
+    instructions = [(i, j, k, "uvu", True) for i, j, k in problem.instructions]
+    spec = oeq.TPProblem(
+        *irreps, instructions, shared_weights=False, internal_weights=False, irrep_dtype=dtype, weight_dtype=dtype
+    )
+    conv = oeq.TensorProductConv(spec, deterministic=False)
+    return Block(lambda x, y, w, edge_index: conv(x, y, w, edge_index[1], edge_index[0]))
+
+
+def conv_mace_triton(problem, precision: str, device: torch.device, variant: str = "") -> Block:
+    """Our op in ir_mul, as accelerate() uses it; the graph plan is made once, in the first call."""
+    from mace_triton.ops.channelwise_tp import channelwise_tp
+    from mace_triton.ops.graph import graph_plan
+
+    problem = replace(problem, layout_in="ir_mul", layout_out="ir_mul")
+    deterministic = variant == "deterministic"
+
+    def call(x, y, w, edge_index):
+        graph = graph_plan(edge_index, x.shape[0], x.shape[0], by_sender=deterministic)
+        return channelwise_tp(problem, x, y, w, graph, deterministic=deterministic)
+
+    return Block(call, "ir_mul", "ir_mul")
+
+
+def linear_e3nn(irreps_in: str, irreps_out: str, precision: str, device: torch.device, variant: str = "") -> Block:
+    """o3.Linear, mul_ir."""
+    need_precision("e3nn", precision, ("fp64", "fp32", "tf32"))
+    with default_dtype(model_dtype(precision)):
+        linear = o3.Linear(irreps_in, irreps_out).to(device)
+    return Block(linear, weight=linear.weight)
+
+
+def linear_cueq(irreps_in: str, irreps_out: str, precision: str, device: torch.device, variant: str = "") -> Block:
+    """cuet.Linear(method="naive") in ir_mul, as MACE's wrapper builds it."""
+    need_precision("cueq", precision, ("fp64", "fp32", "tf32"))
+    cuet = _cueq(device)
+    import cuequivariance as cue
+
+    with default_dtype(model_dtype(precision)):
+        linear = cuet.Linear(
+            _cue_irreps(irreps_in), _cue_irreps(irreps_out), layout=cue.ir_mul, shared_weights=True, method="naive"
+        ).to(device)
+    return Block(linear, "ir_mul", "ir_mul", linear.weight)
+
+
+def linear_mace_triton(
+    irreps_in: str, irreps_out: str, precision: str, device: torch.device, variant: str = ""
+) -> Block:
+    """Our IrrepsLinear; variant "mul_ir->ir_mul" (or another pair) sets the layouts, ir_mul on both sides otherwise."""
+    from mace_triton.nn.linear import IrrepsLinear
+    from mace_triton.precision import Precision
+
+    layout_in, layout_out = variant.split("->") if variant else ("ir_mul", "ir_mul")
+    with default_dtype(model_dtype(precision)):
+        plain = o3.Linear(irreps_in, irreps_out)
+    mode = Precision.parse(precision).linear
+    linear = IrrepsLinear(plain, mode, layout_in=layout_in, layout_out=layout_out).to(device)
+    return Block(linear, layout_in, layout_out, linear.weight)
+
+
+def contraction_e3nn(irreps_in: str, irreps_out: str, n_elements: int, precision: str, device: torch.device) -> Block:
+    """MACE's own SymmetricContraction, correlation 3, reduced coupling basis (MACE's default), weights of seed 0."""
+    from mace.modules.symmetric_contraction import SymmetricContraction
+
+    need_precision("e3nn", precision, ("fp64", "fp32", "tf32"))
+    with default_dtype(torch.float64), torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = SymmetricContraction(
+            o3.Irreps(irreps_in), o3.Irreps(irreps_out), correlation=3, num_elements=n_elements, use_reduced_cg=True
+        )
+    return Block(module.to(device=device, dtype=model_dtype(precision)))
+
+
+def contraction_cueq(irreps_in: str, irreps_out: str, n_elements: int, precision: str, device: torch.device) -> Block:
+    """cuet.SymmetricContraction as MACE's wrapper builds it, with the weights of `contraction_e3nn`, ir_mul."""
+    need_precision("cueq", precision, ("fp64", "fp32", "tf32"))
+    cuet = _cueq(device)
+    import cuequivariance as cue
+    from mace.cli.convert_e3nn_cueq import transfer_symmetric_contractions
+
+    dtype = model_dtype(precision)
+    with default_dtype(dtype):
+        module = cuet.SymmetricContraction(
+            _cue_irreps(irreps_in),
+            _cue_irreps(irreps_out),
+            layout_in=cue.ir_mul,
+            layout_out=cue.ir_mul,
+            contraction_degree=3,
+            num_elements=n_elements,
+            original_mace=False,
+            dtype=dtype,
+            math_dtype=dtype,
+        ).to(device)
+    plain = contraction_e3nn(irreps_in, irreps_out, n_elements, precision, device).call
+    weights = {f"products.0.symmetric_contractions.{name}": value for name, value in plain.state_dict().items()}
+    moved: dict[str, Tensor] = {}
+    n_outputs, products = len(o3.Irreps(irreps_out)), [SimpleNamespace(symmetric_contractions=plain)]
+    with torch.no_grad(), default_dtype(dtype):
+        transfer_symmetric_contractions(weights, moved, n_outputs - 1, products, 3, 1, True, True)
+        module.weight.copy_(moved["products.0.symmetric_contractions.weight"].reshape(module.weight.shape))
+
+    def call(x, one_hot):
+        # MACE derives the species index in every call, so it is part of the time.
+        return module(x.flatten(1), one_hot.argmax(dim=-1).int())
+
+    return Block(call, "ir_mul", "ir_mul")
+
+
+def model_e3nn(model: torch.nn.Module, precision: str, device: torch.device, variant: str = "") -> torch.nn.Module:
+    """Plain MACE."""
+    need_precision("e3nn", precision, ("fp64", "fp32", "tf32"))
+    return copy.deepcopy(model).to(device=device, dtype=model_dtype(precision))
+
+
+def model_cueq(model: torch.nn.Module, precision: str, device: torch.device, variant: str = "") -> torch.nn.Module:
+    """mace.cli.convert_e3nn_cueq.run: everything on cuEquivariance, convolution fused on a GPU."""
+    need_precision("cueq", precision, ("fp64", "fp32", "tf32"))
+    _cueq(device)
+    from mace.cli.convert_e3nn_cueq import run
+
+    dtype = model_dtype(precision)
+    with default_dtype(dtype):
+        return run(copy.deepcopy(model).to(device=device, dtype=dtype), device=device.type, return_model=True)
+
+
+def model_oeq(model: torch.nn.Module, precision: str, device: torch.device, variant: str = "") -> torch.nn.Module:
+    """mace.cli.convert_e3nn_oeq.run: the convolution on OpenEquivariance, the rest e3nn."""
+    need_precision("oeq", precision, ("fp64", "fp32", "tf32"))
+    if device.type != "cuda":
+        raise MissingProviderError("oeq runs on a GPU only")
+    need("openequivariance", "oeq")
+    from mace.cli.convert_e3nn_oeq import run
+
+    dtype = model_dtype(precision)
+    with default_dtype(dtype):
+        return run(copy.deepcopy(model).to(device=device, dtype=dtype), device=device.type, return_model=True)
+
+
+def model_mace_triton(
+    model: torch.nn.Module, precision: str, device: torch.device, variant: str = ""
+) -> torch.nn.Module:
+    """mace_triton.accelerate."""
+    from mace_triton import accelerate
+
+    plain = copy.deepcopy(model).to(device=device, dtype=model_dtype(precision))
+    return accelerate(plain, precision=precision, deterministic=variant == "deterministic")
+
+
+BUILDERS: dict[str, dict[str, Callable]] = {
+    "conv_tp": {"e3nn": conv_e3nn, "cueq": conv_cueq, "oeq": conv_oeq, "mace_triton": conv_mace_triton},
+    "linear": {"e3nn": linear_e3nn, "cueq": linear_cueq, "mace_triton": linear_mace_triton},
+    "symmetric_contraction": {"e3nn": contraction_e3nn, "cueq": contraction_cueq},
+    "model": {"e3nn": model_e3nn, "cueq": model_cueq, "oeq": model_oeq, "mace_triton": model_mace_triton},
+}
+
+
+def builder(kind: str, provider: str) -> Callable:
+    """The function that builds block `kind` by `provider`; MissingProviderError where it offers no such block."""
+    if provider not in BUILDERS[kind]:
+        raise MissingProviderError(f"{provider} has no {kind}")
+    return BUILDERS[kind][provider]
