@@ -80,6 +80,11 @@ class Section:
         self.bars.append(entry)
         self.flush()
 
+    def stopped(self, error: Exception) -> None:
+        """Write down that the section ended early."""
+        entry: Row = {"bar": f"{self.name}: stopped early", "value": None, "least": None, "most": None}
+        self.bars.append(entry | {"verdict": "not measured", "reason": measure.reason(error)})
+
 
 def _verdict(value: float, least: float | None, most: float | None) -> str:
     if least is None and most is None:
@@ -136,7 +141,7 @@ def model(section: Section) -> None:
             section.ratio(f"{text}, our blocks alone", case, direction, "cueq", "fp32", None, key="blocks_ms")
             for precision in ("fp32", "bf16"):
                 _share(section, case, direction, precision)
-        measure.forget()
+        measure.forget(section.device)
 
 
 def _share(section: Section, case: models.ModelCase, direction: str, precision: str) -> None:
@@ -163,7 +168,7 @@ def memory(section: Section) -> None:
                     return ours / theirs
 
                 section.bar(f"memory {name} {case.atoms}: peak ours / {peer}", quotient, most=most)
-        measure.forget()
+        measure.forget(section.device)
 
 
 def _memory_row(spec: measure.Spec, device: torch.device) -> Row:
@@ -177,16 +182,23 @@ def _memory_row(spec: measure.Spec, device: torch.device) -> Row:
 def compile_(section: Section) -> None:
     """First use of a model in a fresh process: without and with a warm Triton cache."""
     for name in ("medium", "large"):
-        case = models.ModelCase(name, 192)
         with tempfile.TemporaryDirectory() as cache:
-            runs = [(OURS, "cold"), (OURS, "warm")] + [("e3nn", "any cache")] * (name == "medium")
-            for provider, state in runs:
-                row = measure.describe(measure.Spec(case, provider, "fp32", "first use", state))
-                row = measure.guarded(row, lambda p=provider: first_use.in_fresh_process(Path(cache), name, 192, p))
-                section.add(row)
-                if provider == OURS:
-                    limit = 30.0 if state == "cold" else 3.0
-                    section.bar(f"first use {name}, {state}: seconds", lambda row=row: row["seconds"], most=limit)
+            for state, most in (("cold", 30.0), ("warm", 3.0)):
+                row = _first_use(section, Path(cache), name, OURS, state)
+                section.bar(f"first use {name}, {state}: seconds", lambda row=row: _seconds(row), most=most)
+            row = _first_use(section, Path(cache), name, "e3nn", "any cache")
+            section.bar(f"first use {name}, plain e3nn: seconds", lambda row=row: _seconds(row))
+
+
+def _first_use(section: Section, cache: Path, name: str, provider: str, state: str) -> Row:
+    row = measure.describe(measure.Spec(models.ModelCase(name, 192), provider, "fp32", "first use", state))
+    return section.add(measure.guarded(row, lambda: first_use.in_fresh_process(cache, name, 192, provider)))
+
+
+def _seconds(row: Row) -> float:
+    if row["status"] != "ok":
+        raise LookupError(f"{row['status']}: {row['reason']}")
+    return float(row["seconds"])
 
 
 SECTIONS: dict[str, Callable[[Section], None]] = {
@@ -217,10 +229,9 @@ def run(names: list[str], path: Path, device: torch.device) -> list[Row]:
             section.header["copy_bandwidth_gb_per_s"] = round(timing.copy_bandwidth(device) / 1e9, 1)
             SECTIONS[name](section)
         except Exception as error:  # one section must not take the others with it
-            section.bar(f"{name}: stopped, {measure.reason(error)}", lambda: float("nan"), least=0.0)
+            section.stopped(error)
         section.flush()
-        measure.forget()
-        timing.free_memory(device)
+        measure.forget(device)
         bars += section.bars
         print(f"{name}: {section.header['seconds']} s", flush=True)
     return bars

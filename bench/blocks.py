@@ -154,7 +154,7 @@ class ConvCase:
             x, y, w = _leaves(x, y, w)
             calls["forward"].append(_forward_call(block, (x, y, w, edge_index), precision))
             calls["forward+backward"].append(_training_call(block, (x, y, w, edge_index), (x, y, w), g, precision))
-        reference = _conv_reference(self, precision, device)
+        reference = conv_reference(self, precision, device)
         poison(w)
         poison(g)
         out, (gx, gy, gw) = calls["forward+backward"][0]()
@@ -171,7 +171,7 @@ class ConvCase:
 
 
 @lru_cache(maxsize=1)
-def _conv_reference(case: ConvCase, precision: str, device: torch.device) -> dict[str, Tensor]:
+def conv_reference(case: ConvCase, precision: str, device: torch.device) -> dict[str, Tensor]:
     """e3nn's TensorProduct in FP64, a piece of the edges at a time: the output and the three gradients."""
     x, y, w, g = case.inputs(precision, device, seed=0)
     x, g = x.to(torch.float64).requires_grad_(True), g.to(torch.float64)

@@ -7,6 +7,7 @@ making of the e3nn model lie before it: any provider pays for them.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -37,7 +38,7 @@ def first_use(name: str, atoms: int, provider: str, precision: str, channels: in
         models.energy_forces(model, data)
         timing.synchronize(device)
         marks.append(time.perf_counter())
-    convert, first, second = (b - a for a, b in zip(marks, marks[1:], strict=False))
+    convert, first, second = (b - a for a, b in itertools.pairwise(marks))
     return {"convert_s": convert, "first_call_s": first, "second_call_s": second, "seconds": convert + first}
 
 
@@ -49,7 +50,7 @@ def in_fresh_process(cache: Path, name: str, atoms: int, provider: str, precisio
     words = {"model": name, "atoms": atoms, "provider": provider, "precision": precision, **options}
     command = [sys.executable, "-m", "bench.first_use", *(f"--{key}={value}" for key, value in words.items())]
     env = os.environ | {"TRITON_CACHE_DIR": str(cache)}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=Path(__file__).parents[1], timeout=400)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=Path(__file__).parents[1], timeout=180)
     if done.returncode != 0:
         raise RuntimeError(" / ".join(done.stderr.strip().splitlines()[-3:])[-300:])
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 
 import torch
 
@@ -41,31 +40,29 @@ def specs(cases, providers, directions, variant: str = "") -> list[Spec]:
     ]
 
 
-@lru_cache(maxsize=1)
-def _prepared_block(case, provider: str, precision: str, variant: str, device: torch.device) -> blocks.Prepared:
-    timing.free_memory(device)
-    return case.prepare(provider, precision, variant, device)
-
-
-@lru_cache(maxsize=1)
-def _prepared_model(case, provider, precision, variant, device, direction) -> blocks.Prepared:
-    return case.prepare(provider, precision, variant, device, direction)
+_kept: dict[tuple, blocks.Prepared] = {}
 
 
 def prepared(spec: Spec, device: torch.device) -> blocks.Prepared:
-    """The gated provider of a spec; the newest one is kept, so both directions of a block share it."""
-    usual = (spec.case, spec.provider, spec.precision, spec.variant, device)
+    """The gated provider of a spec. The newest one is kept: both directions of a block share it."""
+    arguments = (spec.provider, spec.precision, spec.variant, device)
     if isinstance(spec.case, models.ModelCase):
-        # The one before must go first: its memory would be counted as this one's.
-        _prepared_model.cache_clear()
-        return _prepared_model(*usual, spec.direction)
-    return _prepared_block(*usual)
+        arguments = (*arguments, spec.direction)
+    key = (spec.case, *arguments)
+    if key not in _kept:
+        # The one before goes first, or its memory would stand beside this one's.
+        _kept.clear()
+        timing.free_memory(device)
+        _kept[key] = spec.case.prepare(*arguments)
+    return _kept[key]
 
 
-def forget() -> None:
+def forget(device: torch.device) -> None:
     """Let go of everything kept between rows."""
-    for kept in (_prepared_block, _prepared_model, blocks._conv_reference, models._built):
+    _kept.clear()
+    for kept in (blocks.conv_reference, models.built):
         kept.cache_clear()
+    timing.free_memory(device)
 
 
 def _roofline(row: Row, device: torch.device) -> None:
@@ -81,17 +78,20 @@ def _time_block(spec: Spec, ready: blocks.Prepared, device: torch.device) -> Row
     row = {"bytes": ready.bytes.get(spec.direction), "flops": ready.flops.get(spec.direction), **asdict(measured)}
     row["input_sets"] = len(ready.calls[spec.direction])
     _roofline(row, device)
-    return row
+    return row | _kernels(timing.profile(ready.calls[spec.direction], device))
+
+
+def _kernels(found: timing.KernelProfile | None) -> Row:
+    if found is None:
+        return {"kernel_ms": None, "launches": None, "kernels": []}
+    return {"kernel_ms": found.kernel_ms, "launches": found.launches, "kernels": found.top}
 
 
 def _time_model(spec: Spec, ready: blocks.Prepared, device: torch.device) -> Row:
     (call,) = ready.calls[spec.direction]
-    wall = timing.time_wall(call, device)
-    kernels = timing.profile(call, device)
-    row: Row = {"wall_ms": wall, "gpu_ms": kernels.kernel_ms if kernels else wall}
-    row["launches"] = kernels.launches if kernels else None
-    row["kernels"] = kernels.top if kernels else []
-    share = ready.extra.pop("blocks")
+    row = {"wall_ms": timing.time_wall(call, device)} | _kernels(timing.profile([call], device))
+    row["gpu_ms"] = row["kernel_ms"] or row["wall_ms"]
+    share = ready.extra["blocks"]
     if share and spec.provider != "e3nn":
         row["block_ms"] = models.block_times(*share, device)
         row["blocks_ms"] = sum(row["block_ms"].values())
@@ -142,7 +142,7 @@ def measure(spec: Spec, device: torch.device) -> Row:
 
     row = guarded(describe(spec), work)
     if row["status"] != "ok":
-        forget()
+        _kept.clear()
         timing.free_memory(device)
     return row
 

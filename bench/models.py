@@ -122,7 +122,7 @@ class ModelCase:
         return batch(self.atoms, self.elements, providers.model_dtype(precision), device)
 
     def build(self, provider: str, precision: str, variant: str, device: torch.device) -> torch.nn.Module:
-        return _built(self.name, self.channels, self.elements, provider, precision, variant, device)
+        return built(self.name, self.channels, self.elements, provider, precision, variant, device)
 
     def prepare(self, provider: str, precision: str, variant: str, device: torch.device, direction: str) -> Prepared:
         """Build, gate one direction, take the memory. Inference freezes the parameters, as MACECalculator does."""
@@ -147,7 +147,7 @@ class ModelCase:
 
 
 @lru_cache(maxsize=4)
-def _built(name, channels, elements, provider, precision, variant, device) -> torch.nn.Module:
+def built(name, channels, elements, provider, precision, variant, device) -> torch.nn.Module:
     """Conversions take long, so a model serves several structures and both directions."""
     plain = mp_model(name, channels, elements)
     return providers.builder("model", provider)(plain, precision, device, variant)

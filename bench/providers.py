@@ -16,6 +16,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import SimpleNamespace
 
 import torch
@@ -96,6 +97,7 @@ def _cueq(device: torch.device):
     return cuet
 
 
+@lru_cache(maxsize=2)
 def conv_e3nn(problem, precision: str, device: torch.device, variant: str = "") -> Block:
     """o3.TensorProduct on gathered features, then scatter_sum."""
     from mace.tools.scatter import scatter_sum

@@ -68,7 +68,7 @@ def environment(device: torch.device) -> Row:
 
 def same_work(row: Row) -> tuple:
     """Rows with equal keys did the same work on the same input."""
-    return row["block"], row["case"], row["atoms"], row["direction"]
+    return tuple(row[key] for key in ("block", "case", "atoms", "channels", "direction"))
 
 
 def add_ratios(rows: list[Row]) -> None:
@@ -77,7 +77,7 @@ def add_ratios(rows: list[Row]) -> None:
     The peer's row is its FP64 one beside our FP64 and its FP32 one beside everything else: a peer offers no lower
     precision, so that is what a user would run instead.
     """
-    timed = [row for row in rows if row["status"] == "ok"]
+    timed = [row for row in rows if row["status"] == "ok" and "gpu_ms" in row]
     for ours in (row for row in timed if row["provider"] == OURS):
         precision = "fp64" if ours["precision"] == "fp64" else "fp32"
         ours["ratio"] = {

@@ -142,15 +142,19 @@ def time_wall(call: Call, device: torch.device) -> float:
     return statistics.median(_wall_ms(call, device) for _ in range(7 if device.type == "cuda" else 3))
 
 
-def profile(call: Call, device: torch.device, repeats: int = 3) -> KernelProfile | None:
-    """Device time and launches of one warm call, by the profiler; None on a CPU."""
+def profile(calls: Sequence[Call], device: torch.device) -> KernelProfile | None:
+    """Device time and launches of one warm call (the mean over `calls`, three at least), by the profiler.
+
+    None on a CPU.
+    """
     if device.type != "cuda":
         return None
-    call()
+    repeats = max(3, len(calls))
+    calls[-1]()
     synchronize(device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
-        for _ in range(repeats):
-            call()
+        for i in range(repeats):
+            calls[i % len(calls)]()
         synchronize(device)
     total, number = Counter(), Counter()
     for event in prof.events():

@@ -1,0 +1,260 @@
+"""`mace-triton bench`: run the benchmarks, and turn their JSON files into the tables and plots of docs/benchmarks.md.
+
+Nothing in the report is typed by hand: every figure comes from bench/results/*.json.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ROOT = Path(__file__).resolve().parents[1]
+PEERS = ("e3nn", "cueq", "oeq")
+OURS = "mace_triton"
+COLOURS = {"e3nn": "#9aa0a6", "cueq": "#4c8bf5", "oeq": "#f2a33a", OURS: "#d6336c"}
+PLOT_PRECISIONS = ("fp32", "bf16")
+IDENTITY = ("block", "case", "atoms", "channels", "direction", "provider", "precision", "variant")
+
+Row = dict[str, object]
+app = typer.Typer(help="Run the benchmarks, or write docs/benchmarks.md from their results.", no_args_is_help=True)
+
+
+def load(folder: Path) -> list[tuple[Row, list[Row], list[Row]]]:
+    """(environment, rows, bars) of every run under `folder`, oldest first.
+
+    Raises FileNotFoundError when there is none, ValueError naming a file that is no result.
+    """
+    runs = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            document = json.loads(path.read_text())
+            parts = document["sections"].values() if "sections" in document else [document]
+            runs += [(part["environment"], part["rows"], part.get("bars", [])) for part in parts]
+        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            raise ValueError(f"results: {path} is no benchmark result ({error}); remove it or measure anew") from error
+    if not runs:
+        raise FileNotFoundError(f"results: no *.json in {folder}; run `mace-triton bench run` first")
+    return sorted(runs, key=lambda run: str(run[0]["date"]))
+
+
+def by_card(runs) -> dict[str, list[tuple[Row, list[Row], list[Row]]]]:
+    """The runs of each card; results of CPUs only where there are no others."""
+    cards: dict[str, list] = {}
+    for run in runs:
+        cards.setdefault(str(run[0]["card"]), []).append(run)
+    gpus = {card: found for card, found in cards.items() if not card.startswith("CPU")}
+    return gpus or cards
+
+
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """One row per piece of work, the one measured last; order of first appearance."""
+    found: dict[tuple, Row] = {}
+    for row in rows:
+        found[tuple(row.get(key) for key in IDENTITY)] = row
+    return list(found.values())
+
+
+def number(value: object, digits: int = 3) -> str:
+    """Three significant digits, or an empty cell."""
+    return "" if value is None else f"{float(value):.{digits}g}" if float(value) < 1000 else f"{float(value):.0f}"
+
+
+def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> Iterator[str]:
+    head = list(head)
+    yield "| " + " | ".join(head) + " |"
+    yield "|" + "---|" * len(head)
+    for line in lines:
+        yield "| " + " | ".join(str(cell).replace("|", "/") for cell in line) + " |"
+    yield ""
+
+
+def _ratios(row: Row) -> str:
+    ratio = row.get("ratio") or {}
+    return ", ".join(f"{peer} {number(ratio[peer])}x" for peer in PEERS if peer in ratio)
+
+
+def _name(row: Row) -> list[str]:
+    label = f"{row['precision']} {row['variant']}".strip()
+    return [str(row["case"]), str(row["atoms"]), str(row["provider"]), label]
+
+
+def _block_cells(row: Row) -> list[str]:
+    if row["status"] != "ok":
+        return [str(row["status"]), "", "", str(row["reason"])]
+    share = "" if row["roofline_percent"] is None else f"{row['roofline_percent']:.0f}"
+    return [number(row["gpu_ms"]), share, f"{row['error']:.0e}", _ratios(row)]
+
+
+def block_table(rows: list[Row]) -> Iterator[str]:
+    """Time, percent of the copy roofline, parity error and ratios of one block's rows."""
+    head = ("shape", "atoms", "provider", "precision", "direction", "ms", "% roofline", "error", "peer / ours")
+    yield from table(head, ([*_name(row), str(row["direction"]), *_block_cells(row)] for row in rows))
+
+
+def _model_cells(row: Row) -> list[str]:
+    if row["status"] != "ok":
+        return [str(row["status"]), "", "", "", "", str(row["reason"])]
+    figures = [number(row.get(key)) for key in ("gpu_ms", "wall_ms", "launches", "peak_mib")]
+    return [*figures, f"{row['error']:.0e}", _ratios(row)]
+
+
+def model_table(rows: list[Row]) -> Iterator[str]:
+    """GPU and wall time, launches, peak memory of whole models."""
+    head = ("model", "atoms", "provider", "precision", "what", "GPU ms", "wall ms", "launches", "peak MiB", "error")
+    lines = ([*_name(row), str(row["direction"]), *_model_cells(row)] for row in rows)
+    yield from table((*head, "peer / ours"), lines)
+
+
+def first_use_table(rows: list[Row]) -> Iterator[str]:
+    """Seconds until the first energy and forces, in a fresh process."""
+    head = ("model", "atoms", "provider", "cache", "seconds", "conversion", "first call", "second call")
+    keys = ("seconds", "convert_s", "first_call_s", "second_call_s")
+    for row in rows:
+        row["cells"] = [number(row.get(key)) for key in keys] if row["status"] == "ok" else [row["reason"], "", "", ""]
+    yield from table(
+        head, ([row["case"], row["atoms"], row["provider"], row["variant"], *row["cells"]] for row in rows)
+    )
+
+
+def bars_table(bars: list[Row]) -> Iterator[str]:
+    """The bars of the newest run of each, with their limits."""
+    latest = {bar["bar"]: bar for bar in bars}
+    lines = []
+    for bar in latest.values():
+        limit = f"at least {bar['least']}" if bar["least"] is not None else ""
+        limit = f"at most {bar['most']}" if bar["most"] is not None else limit
+        lines.append(
+            [bar["bar"], number(bar["value"]), limit, bar["verdict"] + (f": {bar['reason']}" * ("reason" in bar))]
+        )
+    yield from table(("bar", "measured", "asked", "verdict"), lines)
+
+
+def plot(rows: list[Row], title: str, path: Path) -> bool:
+    """Grouped bars of GPU time, one group per shape, size and direction; False when there is nothing to draw."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [r for r in rows if r["status"] == "ok" and r["precision"] in PLOT_PRECISIONS and not r["variant"]]
+    rows = [r for r in rows if r.get("gpu_ms") is not None]
+    groups = list(dict.fromkeys((r["case"], r["atoms"], r["direction"]) for r in rows))
+    series = list(dict.fromkeys((r["provider"], r["precision"]) for r in rows))
+    if not rows:
+        return False
+    height = {((r["case"], r["atoms"], r["direction"]), (r["provider"], r["precision"])): r["gpu_ms"] for r in rows}
+    figure, axes = pyplot.subplots(figsize=(max(6.0, 1.1 * len(groups) + 2), 4.0))
+    width = 0.8 / len(series)
+    for i, (provider, precision) in enumerate(series):
+        values = [height.get((group, (provider, precision)), 0.0) for group in groups]
+        places = [g + (i - (len(series) - 1) / 2) * width for g in range(len(groups))]
+        hatch = None if precision == "fp32" else "//"
+        axes.bar(places, values, width, label=f"{provider} {precision}", color=COLOURS.get(str(provider)), hatch=hatch)
+    axes.set_xticks(range(len(groups)), [f"{case}\n{atoms} atoms\n{way}" for case, atoms, way in groups], fontsize=7)
+    axes.set_yscale("log")
+    axes.set_ylabel("GPU time (ms)")
+    axes.set_title(title.replace("`", ""), fontsize=10)
+    axes.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    matplotlib.rcParams["svg.hashsalt"] = "mace_triton"  # the same figures give the same file
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    pyplot.close(figure)
+    return True
+
+
+def _environment_lines(runs) -> Iterator[str]:
+    head = ("date", "revision", "driver", "copy GB/s", "versions", "command")
+    lines = []
+    for env, _, _ in runs:
+        versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
+        bandwidth = number(env.get("copy_bandwidth_gb_per_s"))
+        lines.append([env["date"], env["revision"], env["driver"] or "", bandwidth, versions, f"`{env['command']}`"])
+    yield from table(head, lines)
+
+
+SECTIONS = (
+    ("conv_tp", "The channel-wise tensor product with its gather and scatter (`conv_tp`)"),
+    ("linear_up", "Linear, hidden to hidden (`linear_up`)"),
+    ("linear", "Linear behind `conv_tp`"),
+    ("symmetric_contraction", "Symmetric contraction: a baseline, we have no kernel for it yet"),
+    ("model", "Whole models"),
+)
+
+
+def card_section(card: str, runs, images: Path) -> Iterator[str]:
+    """Everything measured on one card."""
+    rows = newest(row for _, found, _ in runs for row in found)
+    bars = [bar for _, _, found in runs for bar in found]
+    yield f"## {card}\n"
+    yield from _environment_lines(runs)
+    if bars:
+        yield "### Bars\n"
+        yield from bars_table(bars)
+    for block, title in SECTIONS:
+        timed = [r for r in rows if r["block"] == block and (r["status"] != "ok" or "gpu_ms" in r)]
+        timed = [r for r in timed if r["direction"] != "first use"]
+        if not timed:
+            continue
+        yield f"### {title}\n"
+        image = images / f"{'-'.join(card.lower().split())}-{block}.svg"
+        if plot(timed, f"{title}, {card}", image):
+            yield f"![{title}](img/{image.name})\n"
+        yield from (model_table if block == "model" else block_table)(timed)
+    first = [r for r in rows if r["direction"] == "first use"]
+    if first:
+        yield "### First use of a model, in a fresh process\n"
+        yield from first_use_table(first)
+
+
+HEADER = """# Benchmarks
+
+Written by `mace-triton bench report` from `bench/results/*.json`; do not edit.
+
+Structures are water at 1 g/cc, cutoff 6 angstrom. Models have the shapes of MACE-MP small, medium and large with
+random weights. Times are medians on a warm GPU with inputs rotated through more memory than the L2 cache holds, and
+each provider first had to agree with e3nn in FP64 on the same inputs ("error" is its largest relative error).
+Percent of roofline: the fewest bytes the operation must move, over the measured copy bandwidth, over the time.
+"peer / ours" divides a peer's time by ours, both from the same run: FP32 peers beside every precision of
+ours but FP64, which is set beside FP64. Whole models: "GPU ms" is the sum of all kernels, "wall ms" what Python waits.
+"""
+
+
+def write_report(results: Path, docs: Path) -> Path:
+    """Write docs/benchmarks.md and docs/img/*.svg from the results; its path. Raises what `load` raises."""
+    runs = by_card(load(results))
+    lines = [HEADER]
+    for card, found in runs.items():
+        lines += card_section(card, found, docs / "img")
+    path = docs / "benchmarks.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines).rstrip() + "\n")
+    return path
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Option(help="Folder with the JSON files.")] = ROOT / "bench" / "results",
+    docs: Annotated[Path, typer.Option(help="Folder that benchmarks.md and img/ go to.")] = ROOT / "docs",
+) -> None:
+    """Write docs/benchmarks.md from bench/results/*.json."""
+    try:
+        typer.echo(f"wrote {write_report(results, docs)}")
+    except (FileNotFoundError, ValueError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run(context: typer.Context) -> None:
+    """Run `pytest bench/ --benchmark-only`; further arguments go to pytest (-k conv, --bench-size full)."""
+    if not (ROOT / "bench" / "conftest.py").is_file():
+        typer.echo("error: bench/ is part of the repository, not of the installed package: run this there", err=True)
+        raise typer.Exit(2)
+    command = [sys.executable, "-m", "pytest", "bench/", "--benchmark-only", *context.args]
+    raise typer.Exit(subprocess.call(command, cwd=ROOT))
