@@ -5,8 +5,10 @@
 >>> print(mt.report(fast))
 """
 
+import sys as _sys
 from importlib import import_module as _import_module
 from pathlib import Path as _Path
+from types import ModuleType as _ModuleType
 
 # A checkout keeps the kernels beside the package, a wheel keeps them inside it.
 if not (_Path(__file__).parent / "kernels").is_dir() and (_Path(__file__).parent.parent / "kernels").is_dir():
@@ -30,12 +32,21 @@ _PUBLIC = {
 __all__ = sorted(_PUBLIC)
 
 
+class _Package(_ModuleType):
+    """Importing a submodule binds its name here; it must not hide the public function of that name (certify)."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        is_module = name in _PUBLIC and isinstance(value, _ModuleType)
+        super().__setattr__(name, getattr(value, name) if is_module else value)
+
+
+_sys.modules[__name__].__class__ = _Package
+
+
 def __getattr__(name: str):
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(_import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-    globals()[name] = value  # over the submodule of the same name that the import has just put there
-    return value
+    return getattr(_import_module(f"{__name__}.{_PUBLIC[name]}"), name)
 
 
 def __dir__() -> list[str]:

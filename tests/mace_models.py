@@ -62,7 +62,7 @@ def build(
     **changes,
 ) -> modules.ScaleShiftMACE:
     """A ScaleShiftMACE with random weights: `name` from SHAPES or BLOCKS; channels and elements shrink it for a CPU."""
-    spec = {"interaction_cls": RESIDUAL, "heads": None, "num_interactions": 2}
+    spec = {"interaction_cls": RESIDUAL, "heads": None, "num_interactions": 2, "max_ell": 3, "correlation": 3}
     spec |= SHAPES[name] if name in SHAPES else {**SHAPES["off-medium"], **BLOCKS[name]}
     spec |= changes | {key: value for key, value in (("channels", channels), ("elements", elements)) if value}
     spec.setdefault("interaction_cls_first", spec["interaction_cls"])
@@ -74,14 +74,12 @@ def build(
     with default_dtype(dtype):
         model = modules.ScaleShiftMACE(
             num_polynomial_cutoff=5,
-            max_ell=3,
             num_elements=len(numbers),
             atomic_numbers=numbers,
             hidden_irreps=o3.Irreps("+".join(f"{width}x{l}{'eo'[l % 2]}" for l in range(L + 1))),
             MLP_irreps=o3.Irreps("16x0e"),
             atomic_energies=np.linspace(-3.0, 2.0, n_heads * len(numbers)).reshape(n_heads, -1),
             avg_num_neighbors=20.0,
-            correlation=3,
             gate=torch.nn.functional.silu,
             atomic_inter_scale=[0.8] * n_heads if n_heads > 1 else 0.8,
             atomic_inter_shift=[0.1] * n_heads if n_heads > 1 else 0.1,
