@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from e3nn import o3
+from mace import modules
 from mace.tools.compile import configure_autograd_for_compile
 from mace.tools.torch_tools import default_dtype
 
@@ -60,21 +61,17 @@ def ran(*ops: str) -> None:
     assert all(dispatch.calls[op, next(iter(which))] > 0 for op in ops), dispatch.calls
 
 
-def compare(name: str, device: torch.device, **flags) -> None:
-    model, fast = e3nn_model(name, device), fast_model(name, device)
-    batch = mm.random_batch(model, seed=1)
-    want = mm.evaluate(model, batch, **flags)
-    dispatch.calls.clear()
-    got = mm.evaluate(fast, batch, **flags)
-    ran(*OPS)
-    for key in (*OUTPUTS, *(("hessian",) if flags.get("compute_hessian") else ())):
-        close(got[key], want[key], EXACT, key)
-    assert want["forces"].abs().max() > 1e-3  # a model that predicts nothing would agree with anything
-
-
 @pytest.mark.parametrize("name", [*mm.SHAPES, *mm.BLOCKS])
 def test_fp64_agrees(name, device, reference_path):
-    compare(name, device)
+    model, fast = e3nn_model(name, device), fast_model(name, device)
+    batch = mm.random_batch(model, seed=1)
+    want = mm.evaluate(model, batch)
+    dispatch.calls.clear()
+    got = mm.evaluate(fast, batch)
+    ran(*OPS)
+    for key in OUTPUTS:
+        close(got[key], want[key], EXACT, key)
+    assert want["forces"].abs().max() > 1e-3  # a model that predicts nothing would agree with anything
 
 
 @pytest.mark.parametrize("name", ["residual", "nonlinear"])
@@ -238,6 +235,38 @@ def test_published_width(name, device, reference_path):
     got = mm.evaluate(fast, batch)
     ran(*OPS)
     for key in OUTPUTS:
+        close(got[key], want[key], EXACT, key)
+
+
+@pytest.mark.parametrize("kind", ["AtomicDipolesMACE", "EnergyDipolesMACE"])
+def test_dipole_models_agree(kind, device, reference_path):
+    residual = modules.interaction_classes[mm.RESIDUAL]
+    with default_dtype(torch.float64):
+        model = getattr(modules, kind)(
+            r_max=5.0,
+            num_bessel=8,
+            num_polynomial_cutoff=5,
+            max_ell=2,
+            interaction_cls=residual,
+            interaction_cls_first=residual,
+            num_interactions=2,
+            num_elements=3,
+            hidden_irreps=o3.Irreps("8x0e+8x1o"),
+            MLP_irreps=o3.Irreps("8x1o" if kind == "AtomicDipolesMACE" else "8x0e+8x1o"),
+            avg_num_neighbors=10.0,
+            atomic_numbers=[1, 6, 8],
+            correlation=2,
+            gate=torch.nn.functional.silu,
+            atomic_energies=None if kind == "AtomicDipolesMACE" else np.zeros(3),
+        ).to(device)
+    fast = mt.accelerate(model, strict=True)
+    batch = mm.random_batch(model)
+    batch["charges"] = torch.zeros(batch["positions"].shape[0], device=device)
+    want = model(mm.cast(batch, model))
+    dispatch.calls.clear()
+    got = fast(mm.cast(batch, fast))
+    ran("linear_fwd", "channelwise_tp_fwd")
+    for key in ("dipole", "forces") if kind == "EnergyDipolesMACE" else ("dipole",):
         close(got[key], want[key], EXACT, key)
 
 
