@@ -47,14 +47,14 @@ def build_model(architecture: dict, dtype: torch.dtype = torch.float32) -> modul
         )
 
 
-def save_model(model: torch.nn.Module, card: dict, stem: Path) -> None:
+def save_stored(model: torch.nn.Module, card: dict, stem: Path) -> None:
     """Write `stem.safetensors` (float32 parameters under their state-dict names) and `stem.json` (the card)."""
     weights = {name: p.detach().float().cpu().contiguous() for name, p in model.named_parameters()}
     save_file(weights, str(stem.with_suffix(".safetensors")))
     stem.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
 
 
-def load_model(stem: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
+def load_stored(stem: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
     """The model stored as `stem.safetensors` + `stem.json`.
 
     Raises FileNotFoundError if a file is missing, ValueError if the weights do not belong to the architecture.
@@ -85,4 +85,4 @@ def load_water(device: str | torch.device = "cpu", dtype: torch.dtype = torch.fl
     Its zero of energy is the mean energy of liquid water per molecule in the training data (see the model card).
     Raises FileNotFoundError if the weights are not installed.
     """
-    return load_model(FOLDER / "water", device, dtype)
+    return load_stored(FOLDER / "water", device, dtype)

@@ -32,7 +32,7 @@ from mace.tools.torch_tools import default_dtype
 from mace.tools.train import take_step
 from torch_ema import ExponentialMovingAverage
 
-from mace_triton.models import build_model, load_model, save_model
+from mace_triton.models import build_model, load_stored, save_stored
 
 TARGETS = {"energy": True, "forces": True, "virials": False, "stress": False, "dipoles": False}
 SAME_FRAME = 0.05
@@ -240,7 +240,7 @@ def measure(model: torch.nn.Module, batches, loss: torch.nn.Module) -> dict:
 
 def measure_stored(stem: Path, raw: dict, held: np.ndarray, zero: float, device: str) -> dict:
     """Held-out errors of the files just written, in float64 with e3nn, and the spread of the data beside them."""
-    model = load_model(stem, device, torch.float64)
+    model = load_stored(stem, device, torch.float64)
     with default_dtype(torch.float64):
         graphs = make_graphs(raw, held, zero, ARCHITECTURE)
         errors = measure(model, loader(graphs, 4, shuffle=False), make_loss((1.0, 1.0)).to(device))
@@ -305,15 +305,15 @@ def run(data: Path, out: Path, settings: Settings, device: str) -> dict:
     held_graphs = make_graphs(raw, held, zero, architecture)
 
     def save(model, summary: dict) -> None:
-        save_model(model, card | {"training": summary}, out / "water")
+        save_stored(model, card | {"training": summary}, out / "water")
 
     reserve = min(45.0, 12.0 * settings.minutes)  # seconds kept for the final float64 measurement
     deadline = started + 60 * settings.minutes - reserve
     card["training"] = train(model, train_graphs, held_graphs, settings, deadline, log, save)
-    save_model(model, card, out / "water")
+    save_stored(model, card, out / "water")
     log(f"trained: {card['training']}")
     card["held_out_errors"] = measure_stored(out / "water", raw, held, zero, device)
-    save_model(model, card, out / "water")
+    save_stored(model, card, out / "water")
     log(f"held out, float64, e3nn: {card['held_out_errors']}")
     return card
 

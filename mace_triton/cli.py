@@ -1,0 +1,216 @@
+"""The command line: `mace-triton demo | info | bench | dev`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="MACE on Triton kernels: run it, look at it, time it, work on the kernels.",
+)
+console = Console()
+
+
+def fail(message: object) -> typer.Exit:
+    """Print one line to stderr; `raise fail(...)` ends with exit code 1."""
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"error: {message}")
+    return typer.Exit(1)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn what a user can get wrong into one line and exit code 1; MACE_TRITON_TRACE=1 shows the traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise fail("interrupted") from None
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        if os.environ.get("MACE_TRITON_TRACE") == "1":
+            raise
+        raise fail(" ".join(str(error).split())) from None
+
+
+def quiet() -> None:
+    """Silence what e3nn, TorchScript and MACE print at import and load; it says nothing about the user's run."""
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore", category=UserWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    logging.getLogger().setLevel(logging.ERROR)
+
+
+@app.command()
+def demo(
+    steps: Annotated[int, typer.Option(help="Steps of molecular dynamics.")] = 2000,
+    model: Annotated[
+        str, typer.Option(help="'water' (shipped), a .model file, or a foundation model's name.")
+    ] = "water",
+    precision: Annotated[str | None, typer.Option(help="fp64, fp32, tf32, bf16, fp16; default: the model's.")] = None,
+    side: Annotated[int, typer.Option(help="Water molecules along an edge: 4 is 192 atoms, 8 is 1536.")] = 4,
+    start: Annotated[Path | None, typer.Option(help="Start from this structure instead of a water box.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:N or cpu; default: a GPU if there is one.")] = None,
+    temperature: Annotated[float, typer.Option(help="Kelvin.")] = 300.0,
+    timestep: Annotated[float, typer.Option(help="Femtoseconds.")] = 0.5,
+    friction: Annotated[float, typer.Option(help="Of the Langevin thermostat, 1/fs.")] = 0.01,
+    seed: Annotated[int, typer.Option(help="Of the box, the velocities and the thermostat.")] = 0,
+    trajectory: Annotated[Path | None, typer.Option(help="Write frames (extended xyz).")] = None,
+    log: Annotated[Path | None, typer.Option(help="Write energy, temperature and force of every step.")] = None,
+    summary: Annotated[Path | None, typer.Option(help="Write a summary of the run (JSON).")] = None,
+) -> None:
+    """Molecular dynamics (NVT) of a water box, after a certificate against e3nn in FP64."""
+    quiet()
+    with one_line_errors():
+        from .demo import Options, run
+
+        options = Options(
+            steps,
+            model,
+            precision,
+            side,
+            start,
+            device,
+            temperature,
+            timestep,
+            friction,
+            seed,
+            trajectory,
+            log,
+            summary,
+        )
+        run(options, console)
+
+
+@app.command()
+def info() -> None:
+    """Versions, cards, which kernels run, and known traps on this machine."""
+    quiet()
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in [*versions(), *machine()]:
+        table.add_row(name, value)
+    console.print(table)
+    for trap in traps():
+        console.print(f"[yellow]note[/] {trap}", highlight=False)
+
+
+def versions() -> list[tuple[str, str]]:
+    """(package, version or "not installed")"""
+    names = ("mace_triton", "torch", "triton", "mace-torch", "e3nn", "ase", "cuequivariance-torch")
+    rows = [("python", platform.python_version())]
+    rows += [(name, version_of(name) or "not installed") for name in names]
+    ops = {name: version_of(name) for name in CUEQ_OPS}
+    rows.append(("cuEquivariance kernels", ", ".join(f"{k} {v}" for k, v in ops.items() if v) or "not installed"))
+    rows.append(("OpenEquivariance", version_of("openequivariance") or "not installed"))
+    return rows
+
+
+CUEQ_OPS = ("cuequivariance-ops-torch-cu12", "cuequivariance-ops-torch-cu13")
+
+
+def version_of(package: str) -> str | None:
+    if package == "mace_triton":
+        from . import __version__
+
+        return __version__
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def machine() -> list[tuple[str, str]]:
+    """(what, value): the cards, the backend, the kernels."""
+    import torch
+
+    from .ops import dispatch
+
+    rows = []
+    for i in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(i)
+        rows.append((f"cuda:{i}", f"{card.name}, sm_{card.major}{card.minor}, {card.total_memory / 2**30:.0f} GiB"))
+    if not rows:
+        rows.append(("GPU", "none that torch can use"))
+    if torch.cuda.is_available():
+        backend = "Triton kernels on the GPU"
+    elif dispatch.interpreting():
+        backend = "Triton kernels in the interpreter, on the CPU"
+    else:
+        backend = "reference formulas in PyTorch, on the CPU"
+    return [*rows, ("backend", backend), ("kernels", ", ".join(kernels()))]
+
+
+def kernels() -> list[str]:
+    """The ops that have a kernel."""
+    spec = importlib.util.find_spec("mace_triton.ops")
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.py"))
+    folder = Path(importlib.import_module("mace_triton.kernels").__path__[0])
+    return [file.stem for file in files if (folder / file.name).is_file()]
+
+
+def traps() -> list[str]:
+    """Things that are known to go wrong and are seen on this machine."""
+    import torch
+
+    from .ops import dispatch
+
+    found = []
+    if dispatch.interpreting():
+        found.append("TRITON_INTERPRET=1: kernels run in Triton's interpreter, thousands of times slower")
+    if version_of("e3nn") != "0.4.4":
+        found.append(f"e3nn {version_of('e3nn')}: MACE needs exactly 0.4.4")
+    if torch.get_float32_matmul_precision() != "highest":
+        found.append("TF32 is on for torch's matrix products: MACE's own FP32 parts lose 13 bits of the operands")
+    cuda = (torch.version.cuda or "").split(".")[0]
+    wrong = [name for name in CUEQ_OPS if version_of(name) and cuda and not name.endswith(f"cu{cuda}")]
+    if wrong:
+        found.append(f"{', '.join(wrong)} is built for another CUDA than torch's ({torch.version.cuda})")
+    if not any(version_of(name) for name in CUEQ_OPS):
+        found.append("cuEquivariance's kernels are missing: its models run on plain PyTorch (mace_triton needs none)")
+    if version_of("triton") is None:
+        found.append("triton is not installed: only the CPU reference path can run")
+    return found
+
+
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def bench(ctx: typer.Context) -> None:
+    """Benchmarks: turn results into tables and plots."""
+    hand_over("mace_triton.bench_report", "mace-triton bench", ctx.args)
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def dev(ctx: typer.Context) -> None:
+    """For work on the kernels: compile, parity, time, tune."""
+    hand_over("mace_triton.dev", "mace-triton dev", ctx.args)
+
+
+def hand_over(module: str, name: str, arguments: list[str]) -> None:
+    """Run another module's typer `app`; it is imported only now, so that the other commands do not need it."""
+    quiet()
+    if importlib.util.find_spec(module) is None:
+        raise fail(f"{name}: this installation has no {module}")
+    group = typer.main.get_group(importlib.import_module(module).app)
+    with one_line_errors():
+        group.main(args=arguments or ["--help"], prog_name=name)
+
+
+if __name__ == "__main__":
+    sys.exit(app())
