@@ -125,6 +125,11 @@ def _dot(a, b, acc, MODE: tl.constexpr, INTERPRET: tl.constexpr):
         a, b = a.to(tl.float16), b.to(tl.float16)
     elif MODE == "tf32":
         a, b = _round_tf32(a), _round_tf32(b)
+    elif MODE == "tf32x3":  # a b = (a' + a'')(b' + b''), without a'' b''; small terms first
+        high_a, high_b = _round_tf32(a), _round_tf32(b)
+        acc = _dot(a - high_a, high_b, acc, "tf32", INTERPRET)
+        acc = _dot(high_a, b - high_b, acc, "tf32", INTERPRET)
+        a, b = high_a, high_b
     if INTERPRET:  # its dot is wrong for bf16, so it gets the rounded operands in the type of the sum
         return acc + tl.dot(a.to(acc.dtype), b.to(acc.dtype), out_dtype=acc.dtype, input_precision="ieee")
     elif MODE == "bf16" or MODE == "fp16":
@@ -132,7 +137,7 @@ def _dot(a, b, acc, MODE: tl.constexpr, INTERPRET: tl.constexpr):
     elif MODE == "fp64":
         return tl.dot(a, b, acc, out_dtype=tl.float64)
     else:
-        return tl.dot(a, b, acc, input_precision=MODE)
+        return tl.dot(a, b, acc, input_precision="ieee" if MODE == "ieee" else "tf32")
 
 
 @triton.jit

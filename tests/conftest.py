@@ -11,8 +11,25 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+import triton
+from triton.runtime import interpreter
 
 from mace_triton.ops import dispatch
+
+
+def _let_old_interpreters_count() -> None:
+    """Triton 3.6 takes int() of one-element arrays, which NumPy 2.4 refuses; later versions squeeze them first."""
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and triton.__version__.startswith("3.6."):
+    _let_old_interpreters_count()
 
 
 def _poisoned(make):

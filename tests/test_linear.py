@@ -162,12 +162,12 @@ def test_the_low_precision_modes_round_their_operands(device):
 
 def test_weight_gradient_has_the_same_bits_every_run(device):
     problem = case("slots")
-    x, grad = torch.randn(200, problem.dim_in, device=device), torch.randn(200, problem.dim_out, device=device)
+    x, grad = torch.randn(70, problem.dim_in, device=device), torch.randn(70, problem.dim_out, device=device)
     first, second = (kernels.grad_w(problem, x, grad, "ieee", 1.0) for _ in range(2))
     assert torch.equal(first, second)
     exact = reference.linear_grad_w(problem, x.double(), grad.double(), "fp64", 1.0)
     magnitude = reference.linear_grad_w(problem, x.double().abs(), grad.double().abs(), "fp64", 1.0)
-    assert_within(first, exact, magnitude, "ieee", 200 * 7)
+    assert_within(first, exact, magnitude, "ieee", 70 * 7)
 
 
 def test_no_nodes_and_no_weights(device):
@@ -236,7 +236,7 @@ def test_summed_and_sliced_gradients(device):
 
 def test_vmap_over_autograd_grad(device):
     problem = case("chosen")
-    data = inputs(problem, 3, torch.float64, device)
+    data = inputs(problem, 2, torch.float64, device)
     out = linear(problem, data["x"], data["weight"], mode="fp64") ** 2
     (grad,) = torch.autograd.grad(out.sum(), data["x"], create_graph=True)
     directions = torch.eye(grad.numel(), dtype=grad.dtype, device=device).reshape(-1, *grad.shape)
@@ -358,3 +358,19 @@ def test_kernels_compile_without_spills(target):
         if "ieee" not in name:
             matrix = {"sm_80": "mma.sync", "sm_90": "mma", "gfx942": "v_mfma"}[target]
             assert any(matrix in opcode for opcode in stats.instructions), (name, stats)
+
+
+def test_16_bit_products_use_the_warp_group_units_of_sm_90():
+    case = next(c for c in kernels.offline_cases() if c.name == "linear_fwd bf16 mul_ir->ir_mul")
+    rest = (case.num_warps, case.num_stages, case.divisible)
+    stats = offline.compile_offline(kernels.linear_fwd_kernel, case.signature, case.constexprs, "sm_90", *rest)
+    assert stats.instructions["wgmma.mma_async"] > 0
+    assert (stats.spills, stats.stack) == (0, 0)
+
+
+def test_a_case_that_does_not_compile_is_reported():
+    case = next(c for c in kernels.offline_cases() if c.name == "linear_fwd bf16 mul_ir->ir_mul")
+    with pytest.raises(RuntimeError, match="compiling for sm_90 failed"):
+        offline.compile_offline(kernels.linear_fwd_kernel, case.signature, case.constexprs | {"BLOCK_M": 48}, "sm_90")
+    with pytest.raises(ValueError, match="target must look like"):
+        offline.gpu_target("hopper")
