@@ -176,7 +176,7 @@ def _memory_row(spec: measure.Spec, device: torch.device) -> Row:
         ready = measure.prepared(spec, device)
         return {"errors": ready.errors, "edges": ready.extra["edges"], "peak_mib": ready.extra["peak_mib"]}
 
-    return measure.guarded(measure.describe(spec), work)
+    return measure.guarded(measure.describe(spec) | {"kind": "memory"}, work)
 
 
 def compile_(section: Section) -> None:
@@ -192,6 +192,7 @@ def compile_(section: Section) -> None:
 
 def _first_use(section: Section, cache: Path, name: str, provider: str, state: str) -> Row:
     row = measure.describe(measure.Spec(models.ModelCase(name, 192), provider, "fp32", "first use", state))
+    row["kind"] = "first use"
     return section.add(measure.guarded(row, lambda: first_use.in_fresh_process(cache, name, 192, provider)))
 
 

@@ -167,9 +167,9 @@ def profile(calls: Sequence[Call], device: torch.device) -> KernelProfile | None
 
 def free_memory(device: torch.device) -> int:
     """Drop what nothing refers to any more; bytes still allocated on the device (0 on a CPU)."""
-    gc.collect()
     if device.type != "cuda":
         return 0
+    gc.collect()
     torch.cuda.empty_cache()
     return torch.cuda.memory_allocated(device)
 

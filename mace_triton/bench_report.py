@@ -19,7 +19,7 @@ PEERS = ("e3nn", "cueq", "oeq")
 OURS = "mace_triton"
 COLOURS = {"e3nn": "#9aa0a6", "cueq": "#4c8bf5", "oeq": "#f2a33a", OURS: "#d6336c"}
 PLOT_PRECISIONS = ("fp32", "bf16")
-IDENTITY = ("block", "case", "atoms", "channels", "direction", "provider", "precision", "variant")
+IDENTITY = ("block", "case", "atoms", "channels", "direction", "provider", "precision", "variant", "kind")
 
 Row = dict[str, object]
 app = typer.Typer(help="Run the benchmarks, or write docs/benchmarks.md from their results.", no_args_is_help=True)
@@ -115,11 +115,20 @@ def first_use_table(rows: list[Row]) -> Iterator[str]:
     """Seconds until the first energy and forces, in a fresh process."""
     head = ("model", "atoms", "provider", "cache", "seconds", "conversion", "first call", "second call")
     keys = ("seconds", "convert_s", "first_call_s", "second_call_s")
+    lines = []
     for row in rows:
-        row["cells"] = [number(row.get(key)) for key in keys] if row["status"] == "ok" else [row["reason"], "", "", ""]
-    yield from table(
-        head, ([row["case"], row["atoms"], row["provider"], row["variant"], *row["cells"]] for row in rows)
-    )
+        figures = [number(row.get(key)) for key in keys] if row["status"] == "ok" else [str(row["reason"]), "", "", ""]
+        lines.append([row["case"], row["atoms"], row["provider"], row["variant"], *figures])
+    yield from table(head, lines)
+
+
+def memory_table(rows: list[Row]) -> Iterator[str]:
+    """Peak memory of one call of a whole model, its weights included."""
+    lines = []
+    for row in rows:
+        peak = number(row.get("peak_mib")) if row["status"] == "ok" else str(row["reason"])
+        lines.append([*_name(row), row["direction"], peak])
+    yield from table(("model", "atoms", "provider", "precision", "what", "peak MiB"), lines)
 
 
 def bars_table(bars: list[Row]) -> Iterator[str]:
@@ -129,9 +138,8 @@ def bars_table(bars: list[Row]) -> Iterator[str]:
     for bar in latest.values():
         limit = f"at least {bar['least']}" if bar["least"] is not None else ""
         limit = f"at most {bar['most']}" if bar["most"] is not None else limit
-        lines.append(
-            [bar["bar"], number(bar["value"]), limit, bar["verdict"] + (f": {bar['reason']}" * ("reason" in bar))]
-        )
+        verdict = ": ".join(str(bar[key]) for key in ("verdict", "reason") if key in bar)
+        lines.append([bar["bar"], number(bar["value"]), limit, verdict])
     yield from table(("bar", "measured", "asked", "verdict"), lines)
 
 
@@ -187,6 +195,12 @@ SECTIONS = (
 )
 
 
+KINDS = {
+    "memory": ("Peak memory of whole models", memory_table),
+    "first use": ("First use of a model, in a fresh process", first_use_table),
+}
+
+
 def card_section(card: str, runs, images: Path) -> Iterator[str]:
     """Everything measured on one card."""
     rows = newest(row for _, found, _ in runs for row in found)
@@ -197,8 +211,7 @@ def card_section(card: str, runs, images: Path) -> Iterator[str]:
         yield "### Bars\n"
         yield from bars_table(bars)
     for block, title in SECTIONS:
-        timed = [r for r in rows if r["block"] == block and (r["status"] != "ok" or "gpu_ms" in r)]
-        timed = [r for r in timed if r["direction"] != "first use"]
+        timed = [r for r in rows if r["block"] == block and "kind" not in r]
         if not timed:
             continue
         yield f"### {title}\n"
@@ -206,10 +219,11 @@ def card_section(card: str, runs, images: Path) -> Iterator[str]:
         if plot(timed, f"{title}, {card}", image):
             yield f"![{title}](img/{image.name})\n"
         yield from (model_table if block == "model" else block_table)(timed)
-    first = [r for r in rows if r["direction"] == "first use"]
-    if first:
-        yield "### First use of a model, in a fresh process\n"
-        yield from first_use_table(first)
+    for kind, (title, render) in KINDS.items():
+        found = [r for r in rows if r.get("kind") == kind]
+        if found:
+            yield f"### {title}\n"
+            yield from render(found)
 
 
 HEADER = """# Benchmarks
