@@ -216,8 +216,8 @@ def table(bars: list[Row]) -> Iterator[str]:
     for bar in bars:
         limit = "" if bar["least"] is None else f">= {bar['least']}"
         limit = limit if bar["most"] is None else f"<= {bar['most']}"
-        value = bar.get("reason", "")[:60] if bar["value"] is None else f"{bar['value']:.3f}"
-        yield f"{bar['verdict']:>12} {value:>10} {limit:>8}  {bar['bar']}"
+        value = "" if bar["value"] is None else f"{bar['value']:.3f}"
+        yield f"{bar['verdict']:>12} {value:>9} {limit:>8}  {bar['bar']}  {bar.get('reason', '')[:90]}".rstrip()
 
 
 def run(names: list[str], path: Path, device: torch.device) -> list[Row]:
@@ -234,7 +234,7 @@ def run(names: list[str], path: Path, device: torch.device) -> list[Row]:
         section.flush()
         measure.forget(device)
         bars += section.bars
-        print(f"{name}: {section.header['seconds']} s", flush=True)
+        print("\n".join(table(section.bars)), f"\n{name}: {section.header['seconds']} s", flush=True)
     return bars
 
 
@@ -250,9 +250,11 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("the bars are for a GPU, and torch sees none here; `pytest bench/ --benchmark-only` runs anywhere")
     bars = run(names, arguments.out, torch.device("cuda"))
-    print(torch.cuda.get_device_name(), rows.revision())
-    print("\n".join(table(bars)))
-    return int(any(bar["verdict"] in ("FAIL", "not measured") for bar in bars))
+    asked = [bar for bar in bars if bar["least"] is not None or bar["most"] is not None]
+    short = [bar for bar in asked if bar["verdict"] != "pass"]
+    print(f"{torch.cuda.get_device_name()}, revision {rows.revision()}: {len(asked) - len(short)} of {len(asked)} pass")
+    print("\n".join(table(short)))
+    return int(bool(short))
 
 
 if __name__ == "__main__":
