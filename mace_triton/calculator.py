@@ -41,7 +41,8 @@ class MACETritonCalculator(MACECalculator):
     ):
         device = check_device(device)
         sources = model if isinstance(model, (list, tuple)) else [model]
-        plain = [loaded for source in sources for loaded in load(source, device)]
+        dtype = torch.float32 if precision is None else Precision.parse(precision).torch_dtype
+        plain = [loaded for source in sources for loaded in load(source, device, dtype)]
         models = [accelerate(m.to(device), precision, deterministic=deterministic) for m in plain]
         head = pick_head(list(getattr(models[0], "heads", None) or ["Default"]), head)
         dtype = str(next(models[0].parameters()).dtype).removeprefix("torch.")
@@ -52,12 +53,17 @@ class MACETritonCalculator(MACECalculator):
         return certify(self.models[0], None, atoms, head=self.head)
 
 
-def load(source: str | Path | torch.nn.Module, device: str = "cpu") -> list[torch.nn.Module]:
-    """Plain MACE models from "water", a name, a file, a pattern or a module; several only for a pattern."""
+def load(
+    source: str | Path | torch.nn.Module, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> list[torch.nn.Module]:
+    """Plain MACE models from "water", a name, a file, a pattern or a module; several only for a pattern.
+
+    dtype: of "water" alone, whose constants are computed in it; the others come as they were saved.
+    """
     if isinstance(source, torch.nn.Module):
         return [source]
     if str(source) == "water":
-        return [load_water(device)]
+        return [load_water(device, dtype)]
     if any(mark in str(source) for mark in "*?["):
         files = sorted(glob(str(source)))
         if not files:

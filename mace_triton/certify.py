@@ -31,7 +31,7 @@ class Budget:
 
 
 BUDGETS = {
-    "fp64": Budget(1e-6, 1e-6, 1e-9, "only the order of sums differs: 2^-52 and some 1e4 terms, with room"),
+    "fp64": Budget(1e-5, 1e-5, 1e-8, "a model saved in FP32 carries constants rounded to 2^-24, ours are exact"),
     "fp32": Budget(
         0.01, 0.1, 2e-5, "positions near 20 angstrom round to 1e-6; an O-H bond of 50 eV/A^2 makes that 0.05"
     ),

@@ -26,8 +26,8 @@ from .ops import dispatch
 from .precision import Precision
 from .water import is_water_box, longest_bond, water_box
 
-RELAXED = 3.0
-"""Largest force (eV/angstrom) at which the relaxation stops: about what atoms of water at 300 K feel."""
+RELAXED = 0.3
+"""Largest force (eV/angstrom) at which the relaxation stops: then the molecules have settled among each other."""
 
 RELAX_STEPS = {"cuda": 50, "cpu": 8}  # a step takes seconds on a CPU, and the box is close to water anyway
 WARM_UP = 5  # steps left out of the timing: they compile kernels and fill caches

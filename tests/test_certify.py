@@ -11,6 +11,7 @@ from mace.calculators import MACECalculator
 from mace_triton.calculator import MACETritonCalculator, check_device
 from mace_triton.certify import BUDGETS, Budget, certify, single_point
 from mace_triton.convert import accelerate
+from mace_triton.models import load_water
 from mace_triton.ops import dispatch
 from mace_triton.water import water_box
 
@@ -100,6 +101,14 @@ def test_calculator_agrees_with_mace(model, atoms):
         ours, theirs = calculator.get_property(key, atoms), plain.get_property(key, atoms)
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
     assert calculator.certify(atoms).passed
+
+
+def test_shipped_model_in_fp64_is_exact(atoms):
+    calculator = MACETritonCalculator(precision="fp64")
+    exact = load_water(calculator.device, torch.float64)
+    certificate = certify(calculator.models[0], exact, atoms)
+    assert certificate.force_rmse < 1e-12 * certificate.force_scale
+    assert certify(accelerate(exact, "fp32"), exact, atoms).force_rmse > certificate.force_rmse
 
 
 def test_calculator_reads_files_and_committees(model, atoms, tmp_path):
