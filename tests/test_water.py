@@ -138,6 +138,31 @@ def test_training_writes_a_model_and_its_card(tmp_path):
     assert f"{stored['held_out_errors']['force_rmse_meV_per_angstrom']:.2f}" in text
 
 
+def test_parts_of_a_run_are_merged():
+    rng = np.random.default_rng(0)
+    temperatures = [rng.normal(300, 10, 400), rng.normal(310, 10, 400)]
+    parts = [
+        {
+            "picoseconds": 10.0,
+            "temperature_mean_K": t.mean(),
+            "temperature_std_K": t.std(),
+            "potential_drift_meV_per_atom_per_ps": drift,
+            "largest_force_eV_per_angstrom": 5.0 + drift,
+            "longest_OH_bond_angstrom": 1.2,
+            "molecules_intact": drift < 0.5,
+        }
+        for t, drift in zip(temperatures, (0.0, 1.0), strict=True)
+    ]
+    whole = card.merge(parts)
+    assert whole["picoseconds"] == 20.0
+    assert whole["temperature_mean_K"] == pytest.approx(np.concatenate(temperatures).mean())
+    assert whole["temperature_std_K"] == pytest.approx(np.concatenate(temperatures).std())
+    assert whole["potential_drift_meV_per_atom_per_ps"] == 0.5
+    assert whole["largest_force_eV_per_angstrom"] == 6.0
+    assert not whole["molecules_intact"]
+    assert card.merge([]) is None
+
+
 def test_shipped_model_is_as_good_as_its_card_says():
     stored = models.load_card()
     assert stored["held_out_errors"]["force_rmse_meV_per_angstrom"] <= 50

@@ -1,6 +1,6 @@
-"""Render docs/water-model.md from water.json, so that no number in it is typed by hand.
+"""Render docs/water-model.md from water.json and water-stability.json, so that no number in it is typed by hand.
 
-python -m mace_triton.models.card [--json mace_triton/models/water.json] [--out docs/water-model.md]
+python -m mace_triton.models.card [--summary RUN.json ...] [--out docs/water-model.md]
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+
+import numpy as np
 
 from mace_triton.models import FOLDER
 
@@ -144,6 +146,26 @@ def render_stability(summary: dict) -> str:
     )
 
 
+def merge(summaries: list[dict]) -> dict | None:
+    """One summary of a run that was made in parts (`mace-triton demo --start`); None for no part at all."""
+    if not summaries:
+        return None
+    length = np.array([part["picoseconds"] for part in summaries])
+    mean = np.array([part["temperature_mean_K"] for part in summaries])
+    square = np.array([part["temperature_std_K"] for part in summaries]) ** 2 + mean**2
+    drift = np.array([part["potential_drift_meV_per_atom_per_ps"] for part in summaries])
+    whole = float(np.average(mean, weights=length))
+    return summaries[0] | {
+        "picoseconds": float(length.sum()),
+        "temperature_mean_K": whole,
+        "temperature_std_K": float(np.sqrt(np.average(square, weights=length) - whole**2)),
+        "potential_drift_meV_per_atom_per_ps": float(np.average(drift, weights=length)),
+        "largest_force_eV_per_angstrom": max(part["largest_force_eV_per_angstrom"] for part in summaries),
+        "longest_OH_bond_angstrom": max(part["longest_OH_bond_angstrom"] for part in summaries),
+        "molecules_intact": all(part["molecules_intact"] for part in summaries),
+    }
+
+
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
@@ -157,12 +179,15 @@ def _ratio(weights: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=FOLDER / "water.json")
-    parser.add_argument("--summary", type=Path, default=FOLDER / "water-stability.json", help="of a long demo run")
+    parser.add_argument("--summary", type=Path, nargs="*", help="of a long demo run; several if it was made in parts")
     parser.add_argument("--out", type=Path, default=FOLDER.parent.parent / "docs" / "water-model.md")
     args = parser.parse_args()
     if not args.json.is_file():
         raise SystemExit(f"no such file: {args.json}; train the model first")
-    summary = json.loads(args.summary.read_text()) if args.summary.is_file() else None
+    stored = FOLDER / "water-stability.json"  # kept beside the weights, so that the card can be made again
+    if args.summary:
+        stored.write_text(json.dumps(merge([json.loads(path.read_text()) for path in args.summary]), indent=1) + "\n")
+    summary = json.loads(stored.read_text()) if stored.is_file() else None
     args.out.write_text(render(json.loads(args.json.read_text()), summary))
     print(args.out)
 
