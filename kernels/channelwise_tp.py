@@ -23,6 +23,7 @@ has no register arrays, and the coefficients become literals.
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cache
 
 import torch
@@ -41,16 +42,18 @@ def _accumulate(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
 
 
 @cache
-def _forward_kernels(problem, budget: int, block_c: int, tangent: bool) -> list[tuple]:
+def _forward_kernels(problem, budget: int, block_c: int, ahead: int, tangent: bool) -> list[tuple]:
     """(kernel, channel blocks) of every part of the forward."""
     return [
-        (_jit(source.forward_source(problem, part, block_c, tangent)), _blocks(problem, part, block_c))
+        (_jit(source.forward_source(problem, part, block_c, tangent, ahead)), _blocks(problem, part, block_c))
         for part in source.partition(problem, budget)
     ]
 
 
 @cache
-def _backward_kernels(problem, budget: int, block_c: int, gx: str, tangent: bool) -> tuple[list[tuple], int]:
+def _backward_kernels(
+    problem, budget: int, block_c: int, ahead: int, gx: str, tangent: bool
+) -> tuple[list[tuple], int]:
     """(kernel, channel blocks) of every part of the backward, and how many partial sums of gy they leave an edge."""
     parts = source.partition(problem, budget)
     gy_rows = sum(_blocks(problem, part, block_c) for part in parts)
@@ -58,7 +61,7 @@ def _backward_kernels(problem, budget: int, block_c: int, gx: str, tangent: bool
     for part in parts:
         slots = {problem.paths[n].slot1 for n in part}
         mode = "edge_add" if gx == "edge" and slots & seen else gx
-        text = source.backward_source(problem, part, block_c, mode, (first, gy_rows), tangent)
+        text = source.backward_source(problem, part, block_c, mode, (first, gy_rows), tangent, ahead)
         kernels.append((_jit(text), _blocks(problem, part, block_c)))
         first += kernels[-1][1]
         seen |= slots
@@ -74,10 +77,24 @@ def _jit(text: str):
     return next(value for name, value in vars(module).items() if name.endswith("_kernel"))
 
 
+@cache
+def _pairs(problem) -> int:
+    """Live (m1, m2) pairs of the multiplicity that has most: the sums a program would hold if it took all its paths."""
+    size: Counter[int] = Counter()
+    for path in problem.paths:
+        size[path.mul] += len(source.pairs(path))
+    return max(size.values(), default=0)
+
+
 def _tile(op: str, problem, x: torch.Tensor, w: torch.Tensor, nodes: int) -> tiles.Tile:
-    return tiles.choose(
-        op, dtype=_TAG[x.dtype], storage=_TAG[w.dtype], channels=max(p.mul for p in problem.paths), nodes=nodes
-    )
+    # Few nodes are split over more programs to fill a GPU; the interpreter runs one program after another.
+    nodes = nodes if x.is_cuda else 1 << 30
+    return tiles.choose(op, dtype=_TAG[x.dtype], storage=_TAG[w.dtype], pairs=_pairs(problem), nodes=nodes)
+
+
+def _ahead(tile: tiles.Tile, x: torch.Tensor) -> int:
+    """How far the kernel prefetches: an NVIDIA instruction, so not at all elsewhere."""
+    return tile["AHEAD"] if x.is_cuda and torch.version.hip is None else 0
 
 
 def _covered(problem) -> bool:
@@ -93,7 +110,7 @@ def _run_forward(problem, operands: tuple[torch.Tensor, ...], plan, tangent: boo
         (splits, plan.n_out, problem.dim_out), dtype=x.dtype if splits == 1 else acc, device=x.device
     )
     budget = tile["TANGENT_PAIRS" if tangent else "PAIRS"]
-    for kernel, blocks in _forward_kernels(problem, budget, tile["BLOCK_C"], tangent):
+    for kernel, blocks in _forward_kernels(problem, budget, tile["BLOCK_C"], _ahead(tile, x), tangent):
         if plan.n_out and plan.n_edges:
             kernel[(plan.n_out * blocks * tile["SPLIT"],)](
                 *operands,
@@ -116,7 +133,7 @@ def _run_backward(problem, g: torch.Tensor, operands: tuple[torch.Tensor, ...], 
     deterministic = plan.sender_ptr.shape[0] > 0
     mode = "none" if not wrt_x else "edge" if deterministic else "atomic"
     budget = tile["TANGENT_PAIRS" if tangent else "PAIRS"]
-    kernels, gy_rows = _backward_kernels(problem, budget, tile["BLOCK_C"], mode, tangent)
+    kernels, gy_rows = _backward_kernels(problem, budget, tile["BLOCK_C"], _ahead(tile, x), mode, tangent)
     rows = {"edge": plan.n_edges, "atomic": x.shape[0], "none": 0}[mode]
     gx = torch.zeros((rows, problem.dim_in1), dtype=acc, device=x.device)
     gy = torch.empty((plan.n_edges, gy_rows, problem.dim_in2), dtype=acc, device=x.device)
@@ -139,7 +156,7 @@ def _run_backward(problem, g: torch.Tensor, operands: tuple[torch.Tensor, ...], 
             )
     if mode == "edge":
         gx = segment_sum(gx, plan.sender_ptr, plan.sender_perm)
-    return gx.to(x.dtype), gy.sum(1).to(y.dtype), gw
+    return gx.to(x.dtype) if wrt_x else None, gy.sum(1).to(y.dtype), gw
 
 
 @triton.jit
@@ -174,7 +191,7 @@ def forward(problem, x: torch.Tensor, y: torch.Tensor, w: torch.Tensor, plan) ->
 
 
 def backward(problem, g: torch.Tensor, x: torch.Tensor, y: torch.Tensor, w: torch.Tensor, plan, wrt_x: bool = True):
-    """(gx, gy, gw) for the output gradient g; gx has no rows when `wrt_x` is False."""
+    """(gx, gy, gw) for the output gradient g; gx is None when `wrt_x` is False, which spares its atomics."""
     return _run_backward(problem, g, (x, y, w), plan, False, wrt_x)
 
 
@@ -182,3 +199,40 @@ def double_backward(problem, g, x, y, w, a, b, q, plan):
     """(dg, dx, dy, dw) for cotangents (a, b, q) of (gx, gy, gw)."""
     operands = (x, a, y, b, w, q)
     return _run_forward(problem, operands, plan, tangent=True), *_run_backward(problem, g, operands, plan, True, True)
+
+
+def offline_cases(problem, target: str = "sm_90", storages: tuple[str, ...] = ("fp64", "fp32", "bf16")) -> list:
+    """Every kernel of `problem` with the tiles in use, for `offline.compile_case`; a case's module is a generated file.
+
+    storages: of the weights; the rest is FP32 beside 16-bit weights. AMD: no prefetch, which is an NVIDIA instruction.
+    """
+    cases = []
+    for storage in storages:
+        call = {"dtype": "fp64" if storage == "fp64" else "fp32", "storage": storage}
+        for op in ("channelwise_tp_fwd", "channelwise_tp_bwd"):
+            tile = tiles.choose(op, **call, pairs=_pairs(problem), nodes=5184)
+            ahead = 0 if target.startswith("gfx") else tile["AHEAD"]
+            for tangent in (False, True):
+                how = (problem, tile["TANGENT_PAIRS" if tangent else "PAIRS"], tile["BLOCK_C"], ahead)
+                backward = op == "channelwise_tp_bwd"
+                kernels = _backward_kernels(*how, "atomic", tangent)[0] if backward else _forward_kernels(*how, tangent)
+                for number, (kernel, _) in enumerate(kernels):
+                    cases.append(_offline_case(kernel.fn, f"{number + 1}/{len(kernels)}", tile, **call))
+    return cases
+
+
+def _offline_case(function, part: str, tile: tiles.Tile, dtype: str, storage: str):
+    """The specialisation of one generated kernel that a launch with `tile` compiles."""
+    import inspect
+
+    from .offline import Case
+
+    words = dict.fromkeys(("w_ptr", "q_ptr", "gw_ptr"), storage)
+    words |= dict.fromkeys(("receiver_ptr", "perm_ptr", "sender_ptr"), "i32")
+    names = [name for name in inspect.signature(function).parameters if name.endswith("_ptr")]
+    signature = {name: f"*{words.get(name, dtype)}" for name in names}
+    acc = tl.float64 if dtype == "fp64" else tl.float32
+    constants = {"ACC": acc, "BLOCK_C": tile["BLOCK_C"], "SPLIT": tile["SPLIT"]}
+    name = f"{function.__name__.removesuffix('_kernel')} {storage} {part}"
+    launch = (constants, tile.num_warps, tile.num_stages, tuple(names))
+    return Case(name, inspect.getfile(function), function.__name__, signature, *launch)

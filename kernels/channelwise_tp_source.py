@@ -58,9 +58,13 @@ def partition(problem, budget: int) -> list[tuple[int, ...]]:
 
 
 class Writer:
-    """The source of one kernel for the paths `numbers` of `problem`, BLOCK_C = `block_c` channels a program."""
+    """The source of one kernel for the paths `numbers` of `problem`, BLOCK_C = `block_c` channels a program.
 
-    def __init__(self, problem, numbers: tuple[int, ...], block_c: int):
+    ahead: how many edges ahead of its use a weight row is asked for from device memory, 0 for not at all.
+    """
+
+    def __init__(self, problem, numbers: tuple[int, ...], block_c: int, ahead: int = 0):
+        self.ahead = ahead
         self.problem = problem
         self.paths = [(n, problem.paths[n]) for n in numbers]
         self.mul = problem.paths[numbers[0]].mul
@@ -140,8 +144,10 @@ class Writer:
             self.fill_x(slot)
         for n, _ in self.paths:
             self.fill_w(n)
+        self.prepare_prefetch()
         self.emit("for k in range(begin, end):")
         self.depth += 1
+        self.prefetch()
         self.rows("e_next", "s_next")
         self.index("e_then", "s_then", "tl.minimum(k + 2, last)")
         for letter in self.letters("y"):
@@ -149,6 +155,32 @@ class Writer:
                 position = f"tl.full([BLOCK_C], {self.problem.slots2[slot].offset + m}, tl.int32)"
                 self.emit(f"{letter}{slot}_{m} = tl.gather({letter}_all, {position}, 0)")
         self.fill_y()
+
+    def prepare_prefetch(self) -> None:
+        """Each lane takes one path: the place of its weights in a row of w."""
+        if self.ahead:
+            self.emit("offset = place")
+            for position, (_, path) in enumerate(self.paths):
+                self.emit(f"offset = tl.where(place == {position}, {path.weight} + block * BLOCK_C, offset)")
+
+    def prefetch(self) -> None:
+        """Ask the L2 cache for the rows of y and w of a later edge; a hint, which changes no result.
+
+        The rows lie scattered over gigabytes, and the registers hold only one edge in flight: too little to hide the
+        latency of device memory, enough for that of L2. One instruction a row: lane i asks for the weights of path i.
+        """
+        if not self.ahead:
+            return
+        self.emit(f"far = tl.load(perm_ptr + tl.minimum(k + {self.ahead}, last)).to(tl.int64)")
+        for letter, kind in zip(self.operands, self.kinds, strict=True):
+            if kind != "x":
+                width, lanes = {
+                    "y": (self.problem.dim_in2, f"tl.minimum(place, {self.problem.dim_in2 - 1})"),
+                    "w": (self.problem.weight_numel, f"tl.where(place < {len(self.paths)}, offset, block * BLOCK_C)"),
+                }[kind]
+                pointers = f"{letter}_ptr + far * {width} + {lanes}"
+                asm = '"prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l"'
+                self.emit(f"tl.inline_asm_elementwise({asm}, [{pointers}], dtype=tl.int32, is_pure=False, pack=1)")
 
     def close(self) -> None:
         """End the body of the loop: the next edge becomes this one."""
@@ -209,12 +241,12 @@ class Writer:
             self.fill_x(slot)
 
 
-def forward_source(problem, numbers: tuple[int, ...], block_c: int, tangent: bool = False) -> str:
+def forward_source(problem, numbers: tuple[int, ...], block_c: int, tangent: bool = False, ahead: int = 0) -> str:
     """`channelwise_tp_fwd_kernel`, or with `tangent` its derivative along (a, b, q).
 
     Each of SPLIT programs of a node sums a share of its edges into a plane of its own of out [SPLIT, nodes, dim_out].
     """
-    out = Writer(problem, numbers, block_c)
+    out = Writer(problem, numbers, block_c, ahead)
     operands = "xaybwq" if tangent else "xyw"
     name = "channelwise_tp_fwd_tangent_kernel" if tangent else "channelwise_tp_fwd_kernel"
     out.head(name, " ".join(operands) + " out receiver perm sender")
@@ -280,14 +312,20 @@ GX_STORES = {
 
 
 def backward_source(
-    problem, numbers: tuple[int, ...], block_c: int, gx: str, gy_rows: tuple[int, int], tangent: bool = False
+    problem,
+    numbers: tuple[int, ...],
+    block_c: int,
+    gx: str,
+    gy_rows: tuple[int, int],
+    tangent: bool = False,
+    ahead: int = 0,
 ) -> str:
     """`channelwise_tp_bwd_kernel`, or with `tangent` its derivative along (a, b, q) at fixed g.
 
     gx: a key of GX_STORES, or "none" to leave it out. gy_rows: (first, all) partial sums of gy an edge: where the
     channel blocks of this part begin, and how many those of all parts are.
     """
-    out = Writer(problem, numbers, block_c)
+    out = Writer(problem, numbers, block_c, ahead)
     operands = "xaybwq" if tangent else "xyw"
     name = "channelwise_tp_bwd_tangent_kernel" if tangent else "channelwise_tp_bwd_kernel"
     out.head(name, "g " + " ".join(operands) + " gx gy gw receiver perm sender")

@@ -125,11 +125,13 @@ def _dot(a, b, acc, MODE: tl.constexpr, INTERPRET: tl.constexpr):
         a, b = a.to(tl.float16), b.to(tl.float16)
     elif MODE == "tf32":
         a, b = _round_tf32(a), _round_tf32(b)
-    elif MODE == "tf32x3":  # a b = (a' + a'')(b' + b''), without a'' b''; small terms first
+    elif MODE == "tf32x3":
+        # a b = (a' + a'')(b' + b''), without a'' b''; small terms first. Tensor cores truncate what they add to their
+        # accumulator, so a block of K sums from zero there and joins the long sum in an ordinary, rounded addition.
         high_a, high_b = _round_tf32(a), _round_tf32(b)
-        acc = _dot(a - high_a, high_b, acc, "tf32", INTERPRET)
-        acc = _dot(high_a, b - high_b, acc, "tf32", INTERPRET)
-        a, b = high_a, high_b
+        block = _dot(a - high_a, high_b, tl.zeros_like(acc), "tf32", INTERPRET)
+        block = _dot(high_a, b - high_b, block, "tf32", INTERPRET)
+        return acc + _dot(high_a, high_b, block, "tf32", INTERPRET)
     if INTERPRET:  # its dot is wrong for bf16, so it gets the rounded operands in the type of the sum
         return acc + tl.dot(a.to(acc.dtype), b.to(acc.dtype), out_dtype=acc.dtype, input_precision="ieee")
     elif MODE == "bf16" or MODE == "fp16":

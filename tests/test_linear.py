@@ -12,11 +12,11 @@ import pickle
 import pytest
 import torch
 from e3nn import o3
-from mace_triton.kernels import linear as kernels
-from mace_triton.kernels import offline, tiles
 
 from mace_triton import layout
 from mace_triton import reference_linear as reference
+from mace_triton.kernels import linear as kernels
+from mace_triton.kernels import offline, tiles
 from mace_triton.linear_problem import LinearProblem
 from mace_triton.nn import linear as nn_linear
 from mace_triton.nn.linear import IrrepsLinear

@@ -46,7 +46,7 @@ def _fwd(
     dispatch.count("channelwise_tp_fwd", which)
     if which == "reference":
         return reference.channelwise_tp_fwd(spec, x, y, w, edge_index, receiver_ptr.shape[0] - 1)
-    plan = GraphPlan(edge_index, receiver_ptr, perm, sender, sender_ptr, sender_perm)
+    plan = GraphPlan(edge_index, receiver_ptr, perm, sender, sender_ptr, sender_perm, x.shape[0])
     return _kernels().forward(spec, x.contiguous(), y.contiguous(), w.contiguous(), plan)
 
 
@@ -68,18 +68,21 @@ def _bwd(
     sender_ptr: Tensor,
     sender_perm: Tensor,
     problem: str,
+    wrt_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     spec, which = ChannelwiseTPProblem.from_key(problem), dispatch.backend(x)
     dispatch.count("channelwise_tp_bwd", which)
     if which == "reference":
-        return reference.channelwise_tp_bwd(spec, g, x, y, w, edge_index)
-    plan = GraphPlan(edge_index, receiver_ptr, perm, sender, sender_ptr, sender_perm)
-    return _kernels().backward(spec, g.contiguous(), x.contiguous(), y.contiguous(), w.contiguous(), plan)
+        gx, gy, gw = reference.channelwise_tp_bwd(spec, g, x, y, w, edge_index)
+    else:
+        plan = GraphPlan(edge_index, receiver_ptr, perm, sender, sender_ptr, sender_perm, x.shape[0])
+        gx, gy, gw = _kernels().backward(spec, *(t.contiguous() for t in (g, x, y, w)), plan, wrt_x)
+    return gx if wrt_x else x.new_empty(0), gy, gw
 
 
 @_bwd.register_fake
-def _(g, x, y, w, edge_index, receiver_ptr, perm, sender, sender_ptr, sender_perm, problem):
-    return x.new_empty(x.shape), y.new_empty(y.shape), w.new_empty(w.shape)
+def _(g, x, y, w, edge_index, receiver_ptr, perm, sender, sender_ptr, sender_perm, problem, wrt_x):
+    return x.new_empty(x.shape if wrt_x else 0), y.new_empty(y.shape), w.new_empty(w.shape)
 
 
 @torch.library.custom_op("mace_triton::channelwise_tp_bwd_bwd", mutates_args=())
@@ -103,7 +106,7 @@ def _bwd_bwd(
     dispatch.count("channelwise_tp_bwd_bwd", which)
     if which == "reference":
         return reference.channelwise_tp_bwd_bwd(spec, g, x, y, w, a, b, q, edge_index)
-    plan = GraphPlan(edge_index, receiver_ptr, perm, sender, sender_ptr, sender_perm)
+    plan = GraphPlan(edge_index, receiver_ptr, perm, sender, sender_ptr, sender_perm, x.shape[0])
     return _kernels().double_backward(spec, *(t.contiguous() for t in (g, x, y, w, a, b, q)), plan)
 
 
@@ -119,19 +122,21 @@ def _setup_fwd(ctx, inputs, output):
 
 def _fwd_backward(ctx, g):
     x, y, w, *plan = ctx.saved_tensors
-    gx, gy, gw = _bwd(g, x, y, w, *plan, ctx.problem)
-    return gx, gy, gw, *(None,) * 7
+    wrt_x = ctx.needs_input_grad[0]  # not in the first layer of a frozen model: its features do not depend on positions
+    gx, gy, gw = _bwd(g, x, y, w, *plan, ctx.problem, wrt_x)
+    return gx if wrt_x else None, gy, gw, *(None,) * 7
 
 
 def _setup_bwd(ctx, inputs, output):
-    g, x, y, w, *plan, ctx.problem = inputs
+    g, x, y, w, *plan, ctx.problem, ctx.wrt_x = inputs
     ctx.save_for_backward(g, x, y, w, *plan)
 
 
 def _bwd_backward(ctx, a, b, q):
     g, x, y, w, *plan = ctx.saved_tensors
+    a = a if ctx.wrt_x else None
     a, b, q = (torch.zeros_like(t) if c is None else c for c, t in ((a, x), (b, y), (q, w)))
-    return *_bwd_bwd(g, x, y, w, a, b, q, *plan, ctx.problem), *(None,) * 7
+    return *_bwd_bwd(g, x, y, w, a, b, q, *plan, ctx.problem), *(None,) * 8
 
 
 _fwd.register_autograd(_fwd_backward, setup_context=_setup_fwd)
@@ -145,6 +150,8 @@ def _check(problem: ChannelwiseTPProblem, x: Tensor, y: Tensor, w: Tensor, graph
             raise ValueError(f"{name} must have shape [rows, {width}] for this problem, got {list(tensor.shape)}")
         if tensor.device != graph.perm.device:
             raise ValueError(f"{name} is on {tensor.device}, the graph on {graph.perm.device}: move them together")
+    if x.shape[0] != graph.n_in:
+        raise ValueError(f"x has {x.shape[0]} rows, but the graph was planned for {graph.n_in} senders")
     for tensor, name in ((y, "y"), (w, "w")):
         if tensor.shape[0] != graph.n_edges:
             raise ValueError(f"{name} has {tensor.shape[0]} rows, but the graph has {graph.n_edges} edges")
@@ -176,4 +183,4 @@ def channelwise_tp(
         raise ValueError("graph: deterministic=True needs graph_plan(..., by_sender=True) made for x's node count")
     if not deterministic and graph.sender_ptr.shape[0] > 0:
         graph = graph._replace(sender_ptr=graph.perm[:0], sender_perm=graph.perm[:0])
-    return _fwd(x, y, w, *graph, problem.key)
+    return _fwd(x, y, w, *graph.tensors, problem.key)

@@ -16,7 +16,7 @@ class GraphPlan(NamedTuple):
     edge_index [2, E] int64 (sender, receiver) as the caller gave it; receiver_ptr [n_out + 1] int32: row i holds the
     positions receiver_ptr[i] .. receiver_ptr[i + 1] of perm [E] int32, the edge numbers sorted by receiver; sender [E]
     int32: the sender of edge perm[k]. sender_ptr [n_in + 1] and sender_perm [E] int32: the same by sender, whose
-    entries are edge numbers, empty unless asked for.
+    entries are edge numbers, empty unless asked for. n_in is what the senders were checked against.
     """
 
     edge_index: torch.Tensor
@@ -25,6 +25,12 @@ class GraphPlan(NamedTuple):
     sender: torch.Tensor
     sender_ptr: torch.Tensor
     sender_perm: torch.Tensor
+    n_in: int
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The tensors in order, as the custom ops take them."""
+        return self[:-1]
 
     @property
     def n_out(self) -> int:
@@ -99,10 +105,10 @@ def graph_plan(edge_index: torch.Tensor, n_in: int, n_out: int, *, by_sender: bo
     if edge_index.ndim != 2 or edge_index.shape[0] != 2:
         raise ValueError(f"edge_index must have shape [2, E], got {list(edge_index.shape)}")
     if torch.compiler.is_compiling() or edge_index.is_inference() or _capturing(edge_index):
-        return GraphPlan(edge_index, *_graph_plan(edge_index, n_in, n_out, by_sender))
+        return GraphPlan(edge_index, *_graph_plan(edge_index, n_in, n_out, by_sender), n_in)
     tag = (edge_index._version, n_in, n_out, by_sender)
     if _last is None or _last[0] is not edge_index or _last[1] != tag:
-        plan = GraphPlan(edge_index, *_graph_plan(edge_index, n_in, n_out, by_sender))
+        plan = GraphPlan(edge_index, *_graph_plan(edge_index, n_in, n_out, by_sender), n_in)
         _last = (edge_index, tag, plan)
         return plan
     return _last[2]
