@@ -1,0 +1,185 @@
+"""Random inputs of each op, its derivatives up to the second, and how far they may lie from the FP64 formula.
+
+`mace-triton dev parity`, `time` and `tune` all begin here. A case knows its problem, its inputs, the op, the formula,
+and the calls that are timed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+
+from . import reference, reference_linear
+from .linear_problem import LinearProblem
+from .ops import dispatch
+from .ops.channelwise_tp import channelwise_tp
+from .ops.graph import graph_plan
+from .ops.linear import linear, lowp_weight
+from .precision import TORCH_DTYPES
+from .problem import ChannelwiseTPProblem
+
+HIDDEN = {"small": "{c}x0e", "medium": "{c}x0e+{c}x1o", "large": "{c}x0e+{c}x1o+{c}x2e"}
+TARGET = "{c}x0e+{c}x1o+{c}x2e+{c}x3o"
+
+
+def randn(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Normal random numbers on the generator's device; 16-bit ones are rounded FP32."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return torch.randn(shape, generator=generator, device=generator.device, dtype=wide).to(dtype)
+
+
+def tp_problem(shape: str, channels: int) -> ChannelwiseTPProblem:
+    """conv_tp of a MACE-MP model's second layer, in the layout that accelerated models use."""
+    irreps = (text.format(c=channels) for text in (HIDDEN[shape], "1x0e+1x1o+1x2e+1x3o", TARGET))
+    return ChannelwiseTPProblem.from_mace(*irreps, layout_in="ir_mul", layout_out="ir_mul")
+
+
+class ChannelwiseTP:
+    """Random inputs of the channel-wise tensor product: `nodes` atoms with `degree` neighbours each."""
+
+    TABLES = ("channelwise_tp_fwd", "channelwise_tp_bwd")
+    STAGE_OF: ClassVar[dict[str, str]] = {"channelwise_tp_fwd": "forward", "channelwise_tp_bwd": "backward"}
+
+    def __init__(self, shape: str, dtype: str, nodes: int, degree: int, channels: int, device: str, seed: int = 0):
+        self.problem, self.generator = tp_problem(shape, channels), torch.Generator(device).manual_seed(seed)
+        p, edges = self.problem, nodes * degree
+        self.edge_index = torch.randint(nodes, (2, edges), device=device, generator=self.generator)
+        self.graph = graph_plan(self.edge_index, nodes, nodes)
+        store, like = TORCH_DTYPES[dtype], torch.float64 if dtype == "fp64" else torch.float32
+        shapes = {
+            "x": ((nodes, p.dim_in1), like),
+            "y": ((edges, p.dim_in2), like),
+            "w": ((edges, p.weight_numel), store),
+        }
+        self.inputs = {name: randn(*spec, self.generator) for name, spec in shapes.items()}
+        self.operand_error = 0.0
+        size, weight_size = like.itemsize, store.itemsize
+        self.bytes, self.flops = p.min_bytes(nodes, nodes, edges, size, weight_size), p.flops(edges)
+
+    def op(self, x, y, w) -> torch.Tensor:
+        return channelwise_tp(self.problem, x, y, w, self.graph)
+
+    def formula(self, x, y, w) -> torch.Tensor:
+        return reference.channelwise_tp_fwd(self.problem, x, y, w, self.edge_index, self.graph.n_out)
+
+    def lengths(self) -> dict[str, int]:
+        """How many products are summed into one element, at most, by the letter of the result."""
+        degree = int(self.edge_index[1].bincount().max())
+        paths = self.problem.paths
+        terms = max(len(path.cg) for path in paths)
+        return {
+            "out": degree * terms,
+            "x": degree * terms * len(paths),
+            "w": terms,
+            "y": sum(p.mul * len(p.cg) for p in paths),
+        }
+
+    def stages(self) -> dict[str, Callable[[], object]]:
+        """What is timed, by name."""
+        ops, (x, y, w) = torch.ops.mace_triton, self.inputs.values()
+        g = randn((self.graph.n_out, self.problem.dim_out), x.dtype, self.generator)
+        a, b, q = (randn(t.shape, t.dtype, self.generator) for t in (x, y, w))
+        rest = (*self.graph, self.problem.key)
+        return {
+            "forward": lambda: ops.channelwise_tp(x, y, w, *rest),
+            "backward": lambda: ops.channelwise_tp_bwd(g, x, y, w, *rest),
+            "double backward": lambda: ops.channelwise_tp_bwd_bwd(g, x, y, w, a, b, q, *rest),
+        }
+
+
+class Linear:
+    """Random inputs of the linear map hidden -> hidden, which is MACE's linear_up; `degree` plays no role."""
+
+    TABLES = ("linear_fwd", "linear_wgrad")
+    STAGE_OF: ClassVar[dict[str, str]] = {"linear_fwd": "forward", "linear_wgrad": "gradient of weights"}
+    STAGES = ("forward", "gradient of x", "gradient of weights")
+    MODES: ClassVar[dict[str, str]] = {"fp64": "fp64", "fp32": "tf32x3", "bf16": "bf16"}
+    OPERAND_ERROR: ClassVar[dict[str, float]] = {"fp64": 0.0, "tf32x3": 2**-20, "bf16": 2**-7}
+
+    def __init__(self, shape: str, dtype: str, nodes: int, degree: int, channels: int, device: str, seed: int = 0):
+        hidden = HIDDEN[shape].format(c=channels)
+        self.problem = LinearProblem(hidden, hidden, layout_in="mul_ir", layout_out="ir_mul")
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.mode, self.nodes = self.MODES[dtype], nodes
+        like = torch.float64 if dtype == "fp64" else torch.float32
+        shapes = {"x": (nodes, self.problem.dim_in), "w": (self.problem.weight_numel,)}
+        self.inputs = {name: randn(size, like, self.generator) for name, size in shapes.items()}
+        self.operand_error = self.OPERAND_ERROR[self.mode]
+        work, flops = self.problem.min_bytes(nodes, like.itemsize, like.itemsize), self.problem.flops(nodes)
+        self.bytes, self.flops = (dict.fromkeys(self.STAGES, n["forward"]) for n in (work, flops))
+
+    def op(self, x, w) -> torch.Tensor:
+        return linear(self.problem, x, w, mode=self.mode)
+
+    def formula(self, x, w) -> torch.Tensor:
+        return reference_linear.linear(self.problem, x, w, "fp64")
+
+    def lengths(self) -> dict[str, int]:
+        """How many products are summed into one element, at most, by the letter of the result."""
+        blocks = self.problem.blocks
+        width, rows = max(b.slot_in.mul for b in blocks), max(b.slot_in.dim for b in blocks) * self.nodes
+        return {"out": width, "x": width, "w": rows}
+
+    def stages(self) -> dict[str, Callable[[], object]]:
+        """What is timed, by name."""
+        ops, (x, w) = torch.ops.mace_triton, self.inputs.values()
+        g = randn((self.nodes, self.problem.dim_out), x.dtype, self.generator)
+        low, rest = lowp_weight(w, self.mode), (self.problem.key, self.mode, 1.0)
+        return {
+            "forward": lambda: ops.linear(x, w, low, None, None, *rest),
+            "gradient of x": lambda: ops.linear_grad_x(g, w, low, *rest),
+            "gradient of weights": lambda: ops.linear_grad_w(x, g, *rest),
+        }
+
+
+CASES = {"channelwise_tp": ChannelwiseTP, "linear": Linear}
+
+
+SAFETY = 8.0
+"""Errors are taken at their largest element, a few times the typical one."""
+
+
+def compare(case) -> list[tuple[str, float, float]]:
+    """(result, error, allowed) of every derivative up to the second.
+
+    The error is the largest |result - reference|, less one rounding of the stored result, over the root mean square of
+    the reference. Allowed is SAFETY (u + eps sqrt(n)): u of the operands' rounding, eps of the sums' dtype, n products
+    in a sum, whose errors add up at random.
+    """
+    before = dispatch.calls.copy()
+    like = {**case.inputs, "out": case.op(**case.inputs)}
+    seeds = {name: randn(t.shape, t.dtype, case.generator) for name, t in like.items()}
+    results = derivatives(case.op, case.inputs, seeds)
+    ran = dispatch.calls - before
+    if not ran or any(which != "triton" for _, which in ran):
+        raise RuntimeError(f"parity: the kernels did not run, but {dict(ran)}")
+    exact = derivatives(case.formula, *({k: t.double() for k, t in group.items()} for group in (case.inputs, seeds)))
+    lengths, rows = case.lengths(), []
+    for name, expected in exact.items():
+        got = results[name]
+        sums = torch.finfo(torch.float64 if got.dtype == torch.float64 else torch.float32).eps
+        letter = "out" if name in ("out", "dg") else name[1]
+        excess = (got.double() - expected).abs() - torch.finfo(got.dtype).eps * expected.abs()
+        error = float(excess.clamp_min(0).amax() / expected.square().mean().sqrt())
+        terms = lengths[letter] * (3 if name.startswith("d") else 1)
+        rows.append((name, error, SAFETY * (case.operand_error + sums * math.sqrt(terms))))
+    return rows
+
+
+def derivatives(function, inputs: dict, seeds: dict) -> dict:
+    """out; gx, ...: its gradients for the output gradient g; dg, dx, ...: theirs for random cotangents."""
+    leaves = {name: t.detach().requires_grad_() for name, t in inputs.items()}
+    g = seeds["out"].detach().requires_grad_()
+    out = function(**leaves)
+    first = torch.autograd.grad(out, tuple(leaves.values()), g, create_graph=True)
+    second = torch.autograd.grad(first, (g, *leaves.values()), [seeds[name] for name in leaves])
+    names = ["out", *(f"g{name}" for name in leaves), "dg", *(f"d{name}" for name in leaves)]
+    return {name: t.detach() for name, t in zip(names, (out, *first, *second), strict=True)}
+
+
+def wrong(rows: list[tuple[str, float, float]]) -> list[str]:
+    """The results that are off (NaN is)."""
+    return [name for name, error, allowed in rows if not error <= allowed]
