@@ -135,7 +135,8 @@ def _run_backward(problem, g: torch.Tensor, operands: tuple[torch.Tensor, ...], 
     budget = tile["TANGENT_PAIRS" if tangent else "PAIRS"]
     kernels, gy_rows = _backward_kernels(problem, budget, tile["BLOCK_C"], _ahead(tile, x), mode, tangent)
     rows = {"edge": plan.n_edges, "atomic": x.shape[0], "none": 0}[mode]
-    gx = torch.zeros((rows, problem.dim_in1), dtype=acc, device=x.device)
+    stored = mode == "edge" and {path.slot1 for path in problem.paths} == set(range(len(problem.slots1)))
+    gx = (torch.empty if stored else torch.zeros)((rows, problem.dim_in1), dtype=acc, device=x.device)
     gy = torch.empty((plan.n_edges, gy_rows, problem.dim_in2), dtype=acc, device=x.device)
     gw = torch.empty_like(w)
     for kernel, blocks in kernels:

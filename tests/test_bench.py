@@ -230,7 +230,7 @@ def test_environment_names_the_revision(monkeypatch):
     monkeypatch.setenv("MACE_TRITON_REVISION", "abc123")
     found = rows.environment(CPU)
     assert found["revision"] == "abc123"
-    assert found["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(found["versions"]["torch"])  # which may leave out the local part, "+cu130"
     assert rows.results_file(found, Path("x")).name.startswith("cpu-")
 
 

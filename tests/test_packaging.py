@@ -1,5 +1,6 @@
 """The package works from a wheel outside the checkout, and from a bare checkout in any working directory."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -30,8 +31,9 @@ print("imported from", home)
 
 
 def probe(folder: Path, cwd: Path) -> subprocess.CompletedProcess:
-    """Run PROBE in another directory, with only `folder` on the path."""
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"PYTHONPATH": str(folder)}
+    """Run PROBE in another directory, with `folder` first on the path, and after it only where MACE is installed."""
+    installed = Path(importlib.util.find_spec("mace").origin).parent.parent
+    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(folder), str(installed)))}
     command = [sys.executable, "-c", PROBE, str(folder)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
 
