@@ -10,15 +10,15 @@ Backward, on the same rows, with G_p[m1, m2] = sum_m3 C_p g[m3] held in register
 
     u_p[m1] = sum_m2 G_p y[m2]      gw_p = sum_m1 u x      gx[m1] += w u      gy[m2] = sum_c sum_{p, m1} G_p (w x[m1])
 
-gy leaves as one partial sum per channel block; gx goes to the sender by atomic adds, or, in deterministic mode, to one
-row per edge that a second kernel sums in the order of the sender's edges.
+gx goes to the sender and gy to the edge by atomic adds. In deterministic mode gy leaves as one partial sum per channel
+block, and gx as one row per edge that a second kernel sums in the order of the sender's edges.
 
 Double backward. The product is trilinear, so the cotangents (a, b, q) of (gx, gy, gw) act as tangents of (x, y, w):
 with z = w x and its tangent z' = w a + q x, the forward becomes A += z' y + z b, and the backward uses
 v = sum_m2 G b beside u:  dw = sum_m1 (v x + u a),  dx = w v + q u,  dy = sum_c G z'.
 
-The loops over paths and their nonzero coefficients are unrolled when the source is generated (`_codegen.py`): Triton
-has no register arrays, and the coefficients become literals.
+The loops over paths and their nonzero coefficients are unrolled when the source is generated, by
+`channelwise_tp_source.py`: Triton has no register arrays, and the coefficients become literals.
 """
 
 from __future__ import annotations
@@ -52,16 +52,20 @@ def _forward_kernels(problem, budget: int, block_c: int, ahead: int, tangent: bo
 
 @cache
 def _backward_kernels(
-    problem, budget: int, block_c: int, ahead: int, gx: str, tangent: bool
+    problem, budget: int, block_c: int, ahead: int, gx: str, deterministic: bool, tangent: bool
 ) -> tuple[list[tuple], int]:
-    """(kernel, channel blocks) of every part of the backward, and how many partial sums of gy they leave an edge."""
+    """(kernel, channel blocks) of every part of the backward, and how many rows of gy an edge has.
+
+    Deterministic: a row for each channel block of each part. Otherwise one, to which they add by atomics.
+    """
     parts = source.partition(problem, budget)
-    gy_rows = sum(_blocks(problem, part, block_c) for part in parts)
+    gy_rows = sum(_blocks(problem, part, block_c) for part in parts) if deterministic else 1
     kernels, first, seen = [], 0, set()
     for part in parts:
         slots = {problem.paths[n].slot1 for n in part}
         mode = "edge_add" if gx == "edge" and slots & seen else gx
-        text = source.backward_source(problem, part, block_c, mode, (first, gy_rows), tangent, ahead)
+        rows = (first, gy_rows) if deterministic else None
+        text = source.backward_source(problem, part, block_c, mode, rows, tangent, ahead)
         kernels.append((_jit(text), _blocks(problem, part, block_c)))
         first += kernels[-1][1]
         seen |= slots
@@ -133,11 +137,13 @@ def _run_backward(problem, g: torch.Tensor, operands: tuple[torch.Tensor, ...], 
     deterministic = plan.sender_ptr.shape[0] > 0
     mode = "none" if not wrt_x else "edge" if deterministic else "atomic"
     budget = tile["TANGENT_PAIRS" if tangent else "PAIRS"]
-    kernels, gy_rows = _backward_kernels(problem, budget, tile["BLOCK_C"], _ahead(tile, x), mode, tangent)
+    how = (problem, budget, tile["BLOCK_C"], _ahead(tile, x), mode, deterministic, tangent)
+    kernels, gy_rows = _backward_kernels(*how)
     rows = {"edge": plan.n_edges, "atomic": x.shape[0], "none": 0}[mode]
     stored = mode == "edge" and {path.slot1 for path in problem.paths} == set(range(len(problem.slots1)))
     gx = (torch.empty if stored else torch.zeros)((rows, problem.dim_in1), dtype=acc, device=x.device)
-    gy = torch.empty((plan.n_edges, gy_rows, problem.dim_in2), dtype=acc, device=x.device)
+    new = torch.empty if deterministic else torch.zeros
+    gy = new((plan.n_edges, gy_rows, problem.dim_in2), dtype=acc, device=x.device)
     gw = torch.empty_like(w)
     for kernel, blocks in kernels:
         if plan.n_out and plan.n_edges:
@@ -157,7 +163,8 @@ def _run_backward(problem, g: torch.Tensor, operands: tuple[torch.Tensor, ...], 
             )
     if mode == "edge":
         gx = segment_sum(gx, plan.sender_ptr, plan.sender_perm)
-    return gx.to(x.dtype) if wrt_x else None, gy.sum(1).to(y.dtype), gw
+    gy = gy.sum(1) if deterministic else gy[:, 0]
+    return gx.to(x.dtype) if wrt_x else None, gy.to(y.dtype), gw
 
 
 @triton.jit
@@ -216,7 +223,11 @@ def offline_cases(problem, target: str = "sm_90", storages: tuple[str, ...] = ("
             for tangent in (False, True):
                 how = (problem, tile["TANGENT_PAIRS" if tangent else "PAIRS"], tile["BLOCK_C"], ahead)
                 backward = op == "channelwise_tp_bwd"
-                kernels = _backward_kernels(*how, "atomic", tangent)[0] if backward else _forward_kernels(*how, tangent)
+                kernels = (
+                    _backward_kernels(*how, "atomic", False, tangent)[0]
+                    if backward
+                    else _forward_kernels(*how, tangent)
+                )
                 for number, (kernel, _) in enumerate(kernels):
                     cases.append(_offline_case(kernel.fn, f"{number + 1}/{len(kernels)}", tile, **call))
     return cases

@@ -205,8 +205,8 @@ class Writer:
             offset = self.problem.paths[n].weight
             self.emit(f"{letter}{n} = tl.load({letter}_row + {offset}{self.load_mask}).to(ACC)")
 
-    def store_channel_sums(self, values: dict[int, str], row: str) -> None:
-        """Store at row + i the sum over the BLOCK_C channels of values[i], zero where there is none.
+    def store_channel_sums(self, values: dict[int, str], store: str) -> None:
+        """Hand to `store` the sums over the BLOCK_C channels of values[i], zero where there is none, for place i.
 
         A butterfly on all values at once: each step halves the values a lane holds and the lanes that hold a value, so
         16 sums over 32 lanes take 16 shuffles instead of 80.
@@ -231,7 +231,7 @@ class Writer:
             distance //= 2
         copies = self.block_c // width
         keep = f"(place % {copies} == 0) & (place // {copies} < {self.problem.dim_in2})"
-        self.emit(f"tl.store({row} + place // {copies}, {held[0]}, mask={keep})")
+        self.emit(store.format(f"place // {copies}", held[0], keep))
 
     def used(self, n: int) -> None:
         """Path n is done with this edge: fill its weights, and its features if no later path reads them."""
@@ -316,14 +316,14 @@ def backward_source(
     numbers: tuple[int, ...],
     block_c: int,
     gx: str,
-    gy_rows: tuple[int, int],
+    gy_rows: tuple[int, int] | None,
     tangent: bool = False,
     ahead: int = 0,
 ) -> str:
     """`channelwise_tp_bwd_kernel`, or with `tangent` its derivative along (a, b, q) at fixed g.
 
-    gx: a key of GX_STORES, or "none" to leave it out. gy_rows: (first, all) partial sums of gy an edge: where the
-    channel blocks of this part begin, and how many those of all parts are.
+    gx: a key of GX_STORES, or "none" to leave it out. gy_rows: (first, all) partial sums of gy an edge, where the
+    channel blocks of this part begin and how many those of all parts are; None to add them up by atomics.
     """
     out = Writer(problem, numbers, block_c, ahead)
     operands = "xaybwq" if tangent else "xyw"
@@ -348,8 +348,12 @@ def backward_source(
             for m in range(2 * path.l1 + 1):
                 pointer = out.pointer("gx_row", problem.slots1[path.slot1], m)
                 out.emit(GX_STORES[gx].format(pointer, f"gx{path.slot1}_{m}", out.store_mask, out.load_mask))
-    row = f"gy_ptr + (e * {gy_rows[1]} + {gy_rows[0]} + block) * {problem.dim_in2}"
-    out.store_channel_sums({problem.slots2[i].offset + m: f"gy{i}_{m}" for i, m in out.y_parts}, row)
+    if gy_rows is None:
+        store = f'tl.atomic_add(gy_ptr + e * {problem.dim_in2} + {{}}, {{}}, mask={{}}, sem="relaxed")'
+    else:
+        row = f"gy_ptr + (e * {gy_rows[1]} + {gy_rows[0]} + block) * {problem.dim_in2}"
+        store = f"tl.store({row} + {{}}, {{}}, mask={{}})"
+    out.store_channel_sums({problem.slots2[i].offset + m: f"gy{i}_{m}" for i, m in out.y_parts}, store)
     out.close()
     return out.text()
 

@@ -113,7 +113,8 @@ def _row_places(row, width, mul, dim, LAYOUT: tl.constexpr):
 @triton.jit
 def _round_tf32(x):
     """x (FP32) rounded to nearest in TF32's 10 mantissa bits. The matrix units alone would cut the other 13 off."""
-    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, x)  # the carry would turn the NaN 0x7fffffff into zero
 
 
 @triton.jit

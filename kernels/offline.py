@@ -8,9 +8,10 @@ that imports the kernel's file without the interpreter. A kernel module offers `
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -32,7 +33,10 @@ OPCODES = re.compile(r"\b(wgmma\.mma_async|mma\.sync|cp\.async|v_mfma|fma\.rn\.f
 
 @dataclass(frozen=True)
 class Case:
-    """One specialisation: `name` for people, `kernel` the name of a jit function in kernels/<module>.py."""
+    """One specialisation: `name` for people, `kernel` the name of a jit function in kernels/<module>.py.
+
+    `module` may also be the path of a generated source file.
+    """
 
     name: str
     module: str
@@ -88,12 +92,10 @@ def compile_offline(
 def compile_cases(cases: Iterable[Case], target: str) -> dict[str, CompiledStats]:
     """Compile many cases in one child process: case name -> CompiledStats. Raises RuntimeError if one fails."""
     env = {**os.environ, "TRITON_INTERPRET": "0"}
-    job = json.dumps({"target": target, "cases": [asdict(case) for case in cases]})
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / "offline.py")], input=job, env=env, capture_output=True, text=True
-    )
+    job = pickle.dumps({"target": target, "cases": [asdict(case) for case in cases]})
+    done = subprocess.run([sys.executable, str(FOLDER / "offline.py")], input=job, env=env, capture_output=True)
     if done.returncode:
-        raise RuntimeError(f"compiling for {target} failed:\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"compiling for {target} failed:\n{done.stderr.decode()[-4000:]}")
     return {name: CompiledStats(**stats) for name, stats in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
@@ -132,6 +134,11 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 def _load(module: str) -> types.ModuleType:
     """kernels/<module>.py under a package name of its own: what lies around this folder is not imported."""
+    if module.endswith(".py"):
+        spec = importlib.util.spec_from_file_location(Path(module).stem, module)
+        generated = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(generated)
+        return generated
     if PACKAGE not in sys.modules:
         package = types.ModuleType(PACKAGE)
         package.__path__ = [str(FOLDER)]
@@ -140,8 +147,8 @@ def _load(module: str) -> types.ModuleType:
 
 
 def main() -> None:
-    """Child process: cases as JSON on stdin, statistics as JSON on stdout."""
-    job = json.load(sys.stdin)
+    """Child process: pickled cases on stdin, statistics as JSON on stdout."""
+    job = pickle.load(sys.stdin.buffer)
     cases = [Case(**{**case, "divisible": tuple(case["divisible"])}) for case in job["cases"]]
     stats = {case.name: compile_case(getattr(_load(case.module), case.kernel), case, job["target"]) for case in cases}
     print(json.dumps({name: asdict(value) for name, value in stats.items()}))

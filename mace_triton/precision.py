@@ -1,7 +1,9 @@
 """Named precision policies: what is stored in which dtype and how the matrix products round their operands.
 
-Sums are always FP32 (FP64 in preset "fp64"); parameters stay in `dtype`; atomic energies and energy sums are FP64 in
-MACE itself and are not touched.
+Sums are always FP32 (FP64 in preset "fp64"); parameters stay in `dtype`. MACE itself sums the energies, in `dtype`.
+
+No preset stores the radial weights in 16 bits: MACE's radial network writes them in `dtype`, and rounding them costs
+more memory traffic than the convolution then saves. On an H200 that made mp-large at 1536 atoms 3.5 % slower.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ PRESETS = {
         Precision("fp64", "fp64", "fp64", "fp64"),
         Precision("fp32", "fp32", "tf32x3", "fp32"),
         Precision("tf32", "fp32", "tf32", "fp32"),
-        Precision("bf16", "fp32", "bf16", "bf16"),
-        Precision("fp16", "fp32", "fp16", "fp16"),
+        Precision("bf16", "fp32", "bf16", "fp32"),
+        Precision("fp16", "fp32", "fp16", "fp32"),
     )
 }

@@ -16,7 +16,8 @@ ROUNDED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def operand(tensor: torch.Tensor, mode: str) -> torch.Tensor:
     """`tensor` rounded to the operand precision of `mode`, in its own dtype. 3xTF32 is taken as exact FP32."""
     if mode == "tf32":  # to nearest in 10 mantissa bits
-        return ((tensor.view(torch.int32) + 0x1000) & -0x2000).view(tensor.dtype)
+        rounded = ((tensor.view(torch.int32) + 0x1000) & -0x2000).view(tensor.dtype)
+        return torch.where(tensor.isnan(), tensor, rounded)  # the carry would turn the NaN 0x7fffffff into zero
     return tensor.to(ROUNDED[mode]).to(tensor.dtype) if mode in ROUNDED else tensor
 
 

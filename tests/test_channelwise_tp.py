@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mace_triton import reference
 from mace_triton.kernels import channelwise_tp as kernels
-from mace_triton.kernels import tiles
+from mace_triton.kernels import offline, tiles
 from mace_triton.ops import channelwise_tp as ops
 from mace_triton.ops import dispatch
 from mace_triton.ops.channelwise_tp import channelwise_tp
@@ -276,6 +276,26 @@ def test_plan_is_built_once_per_graph_and_again_after_a_change(device):
     changed = graph_plan(edge_index, 5, 6)
     assert changed is not plan
     assert changed.receiver_ptr.tolist() == [0, 2, 4, 4, 4, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("target", "hidden", "storages"),
+    [
+        ("sm_90", "128x0e+128x1o+128x2e", ("fp32",)),
+        ("sm_90", "128x0e+128x1o", ("fp64", "bf16")),
+        ("sm_80", "128x0e+128x1o", ("fp32",)),
+        ("gfx942", "128x0e+128x1o", ("fp32",)),
+    ],
+)
+def test_kernels_compile_without_spills(target, hidden, storages):
+    problem = ChannelwiseTPProblem.from_mace(
+        hidden, HARMONICS, "128x0e+128x1o+128x2e+128x3o", layout_in="ir_mul", layout_out="ir_mul"
+    )
+    compiled = offline.compile_cases(kernels.offline_cases(problem, target, storages), target)
+    assert {name.split()[0] for name in compiled} == {
+        f"channelwise_tp_{kind}" for kind in ("fwd", "bwd", "fwd_tangent", "bwd_tangent")
+    }
+    assert {name: stats for name, stats in compiled.items() if stats.spills or stats.stack} == {}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs 14 GB of GPU memory")

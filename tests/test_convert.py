@@ -120,8 +120,8 @@ def test_frozen_parameters_and_mode_are_kept(device):
         (None, torch.float64, "fp64", "fp64"),
         ("fp64", torch.float64, "fp64", "fp64"),
         ("fp32", torch.float32, "tf32x3", "fp32"),
-        ("bf16", torch.float32, "bf16", "bf16"),
-        ("fp16", torch.float32, "fp16", "fp16"),
+        ("bf16", torch.float32, "bf16", "fp32"),
+        ("fp16", torch.float32, "fp16", "fp32"),
         (mt.Precision("mine", "fp32", "ieee", "bf16"), torch.float32, "ieee", "bf16"),
     ],
 )
@@ -256,7 +256,7 @@ def test_report_lists_what_runs(device, reference_path):
     assert rows["interactions.1.linear_up"].layout == "mul_ir -> ir_mul"
     assert rows["interactions.1.linear_res"].layout == "ir_mul -> mul_ir"
     assert rows["interactions.1.linear_2"].layout == "mul_ir -> mul_ir"
-    assert rows["interactions.1.conv_tp"].precision == "bf16 weights"
+    assert rows["interactions.1.conv_tp"].precision == "fp32 weights"
     assert rows["interactions.1.source_embedding"].precision == "tf32x3"
     where = "kernels/channelwise_tp.py" if device.type == "cuda" else "channelwise_tp, reference formulas on the CPU"
     assert rows["interactions.1.conv_tp"].runs == where

@@ -374,3 +374,19 @@ def test_a_case_that_does_not_compile_is_reported():
         offline.compile_offline(kernels.linear_fwd_kernel, case.signature, case.constexprs | {"BLOCK_M": 48}, "sm_90")
     with pytest.raises(ValueError, match="target must look like"):
         offline.gpu_target("hopper")
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "fp64"])
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF])
+def test_nan_stays_nan(mode, bits, device):
+    """0x7fffffff is the NaN that GPU arithmetic makes; adding to its bits to round them would make it zero."""
+    problem = case("readout")
+    x, weight, *_ = (t.detach() for t in inputs(problem, 3, torch.float32, device).values())
+    x[1, 5] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    out = linear(problem, x, weight, mode=mode)
+    assert out.isnan().any(dim=1).tolist() == [False, True, False]
+    assert reference.linear(problem, x, weight, mode, None, None, 1.0).isnan().any(dim=1).tolist() == [
+        False,
+        True,
+        False,
+    ]
