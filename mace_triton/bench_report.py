@@ -61,7 +61,7 @@ def newest(rows: Iterable[Row]) -> list[Row]:
 
 
 def number(value: object, digits: int = 3) -> str:
-    """Three significant digits, or an empty cell."""
+    """`digits` significant digits, or an empty cell."""
     return "" if value is None else f"{float(value):.{digits}g}" if float(value) < 1000 else f"{float(value):.0f}"
 
 
@@ -86,15 +86,26 @@ def _name(row: Row) -> list[str]:
 
 def _block_cells(row: Row) -> list[str]:
     if row["status"] != "ok":
-        return [str(row["status"]), "", "", str(row["reason"])]
+        return [str(row["status"]), "", "", str(row["reason"]), ""]
     share = "" if row["roofline_percent"] is None else f"{row['roofline_percent']:.0f}"
-    return [number(row["gpu_ms"]), share, f"{row['error']:.0e}", _ratios(row)]
+    return [number(row["gpu_ms"]), share, f"{row['error']:.0e}", _ratios(row), _longest_kernels(row)]
+
+
+def _longest_kernels(row: Row, how_many: int = 2) -> str:
+    """The kernels that take longest, with milliseconds: what a provider sorts or copies on the way shows here."""
+    words = []
+    for name, ms, _ in (row.get("kernels") or ())[:how_many]:
+        short = "::".join(name.split("<")[0].split("::")[-2:])
+        words.append(f"{short[:36]} {number(ms)}")
+    return ", ".join(words)
 
 
 def block_table(rows: list[Row]) -> Iterator[str]:
     """Time, percent of the copy roofline, parity error and ratios of one block's rows."""
     head = ("shape", "atoms", "provider", "precision", "direction", "ms", "% roofline", "error", "peer / ours")
-    yield from table(head, ([*_name(row), str(row["direction"]), *_block_cells(row)] for row in rows))
+    yield from table(
+        (*head, "longest kernels, ms"), ([*_name(row), str(row["direction"]), *_block_cells(row)] for row in rows)
+    )
 
 
 def _model_cells(row: Row) -> list[str]:
@@ -139,7 +150,7 @@ def bars_table(bars: list[Row]) -> Iterator[str]:
         limit = f"at least {bar['least']}" if bar["least"] is not None else ""
         limit = f"at most {bar['most']}" if bar["most"] is not None else limit
         verdict = ": ".join(str(bar[key]) for key in ("verdict", "reason") if key in bar)
-        lines.append([bar["bar"], number(bar["value"]), limit, verdict])
+        lines.append([bar["bar"], number(bar["value"], 4), limit, verdict])
     yield from table(("bar", "measured", "asked", "verdict"), lines)
 
 
@@ -226,6 +237,49 @@ def card_section(card: str, runs, images: Path) -> Iterator[str]:
             yield from render(found)
 
 
+SUMMARY = (
+    ("tensor product, forward", "conv_tp", "large", 1536, "forward"),
+    ("tensor product, forward + backward", "conv_tp", "large", 1536, "forward+backward"),
+    ("linear, forward", "linear_up", "up-large", 5184, "forward"),
+    ("linear, forward + backward", "linear_up", "up-large", 5184, "forward+backward"),
+    ("whole model, energy + forces", "model", "medium", 1536, "energy+forces"),
+    ("whole model, energy + forces", "model", "large", 5184, "energy+forces"),
+)
+"""Rows of the README's table: text, block, case, atoms, direction."""
+COLUMNS = (("e3nn", "fp32"), ("oeq", "fp32"), ("cueq", "fp32"), (OURS, "fp32"), (OURS, "bf16"))
+MARKERS = ("<!-- bench:start -->", "<!-- bench:end -->")
+
+
+def summary(card: str, runs) -> Iterator[str]:
+    """The README's table: GPU milliseconds of every provider, side by side, and where the figures come from."""
+    rows = newest(row for _, found, _ in runs for row in found)
+    times = {
+        tuple(row.get(key) for key in ("block", "case", "atoms", "direction", "provider", "precision")): row["gpu_ms"]
+        for row in rows
+        if row["status"] == "ok" and "kind" not in row and not row["variant"] and row.get("gpu_ms") is not None
+    }
+    lines = []
+    for text, *key in SUMMARY:
+        cells = [number(times.get((*key, *column))) for column in COLUMNS]
+        if any(cells):
+            lines.append([text, key[1], key[2], *cells])
+    environment = runs[-1][0]
+    yield f"GPU milliseconds on one {card}, revision {environment['revision']}, `{environment['command']}`:\n"
+    head = [f"{'ours' if provider == OURS else provider} {precision}" for provider, precision in COLUMNS]
+    yield from table(["what", "shape", "atoms", *head], lines)
+    yield "All shapes, errors, memory and versions: [docs/benchmarks.md](docs/benchmarks.md)."
+
+
+def update_readme(readme: Path, text: str) -> None:
+    """Replace what stands between MARKERS. Raises ValueError when the README lacks them."""
+    start, end = MARKERS
+    before, found, rest = readme.read_text().partition(start)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"readme: {readme} lacks the lines {start} and {end}")
+    readme.write_text(f"{before}{start}\n{text.rstrip()}\n{end}{after}")
+
+
 HEADER = """# Benchmarks
 
 Written by `mace-triton bench report` from `bench/results/*.json`; do not edit.
@@ -240,7 +294,10 @@ ours but FP64, which is set beside FP64. Whole models: "GPU ms" is the sum of al
 
 
 def write_report(results: Path, docs: Path) -> Path:
-    """Write docs/benchmarks.md and docs/img/*.svg from the results; its path. Raises what `load` raises."""
+    """Write docs/benchmarks.md, docs/img/*.svg and the README's table beside docs; the page's path.
+
+    Raises what `load` and `update_readme` raise.
+    """
     runs = by_card(load(results))
     lines = [HEADER]
     for card, found in runs.items():
@@ -248,6 +305,10 @@ def write_report(results: Path, docs: Path) -> Path:
     path = docs / "benchmarks.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines).rstrip() + "\n")
+    readme = docs.parent / "README.md"
+    if readme.is_file():
+        card = next(iter(runs))
+        update_readme(readme, "\n".join(summary(card, runs[card])))
     return path
 
 
@@ -256,7 +317,7 @@ def report(
     results: Annotated[Path, typer.Option(help="Folder with the JSON files.")] = ROOT / "bench" / "results",
     docs: Annotated[Path, typer.Option(help="Folder that benchmarks.md and img/ go to.")] = ROOT / "docs",
 ) -> None:
-    """Write docs/benchmarks.md from bench/results/*.json."""
+    """Write docs/benchmarks.md and the README's table from bench/results/*.json."""
     try:
         typer.echo(f"wrote {write_report(results, docs)}")
     except (FileNotFoundError, ValueError) as error:

@@ -201,7 +201,7 @@ def test_timing_rotates_all_inputs():
 def _row(provider, precision, gpu_ms, status="ok", **changes) -> dict:
     spec = measure.Spec(blocks.ConvCase("large", 1536), provider, precision, "forward")
     row = measure.describe(spec) | {"gpu_ms": gpu_ms, "status": status, "reason": None, "error": 1e-7}
-    row = row | {"roofline_percent": 50.0}
+    row = row | {"roofline_percent": 50.0, "variant": ""}
     if status != "ok":
         row = {key: value for key, value in row.items() if key != "gpu_ms"} | {"reason": "no compiler"}
     return row | changes
@@ -281,6 +281,7 @@ def _results(folder: Path, card: str) -> None:
 def test_report_renders_rows_and_failures(tmp_path):
     _results(tmp_path, "Some GPU")
     _results(tmp_path, "CPU x86_64")
+    (tmp_path / "README.md").write_text("before\n<!-- bench:start -->\nold\n<!-- bench:end -->\nafter\n")
     section = bars.Section("memory", tmp_path / "bars.json", CPU)
     section.header["card"] = "Some GPU"
     section.bar("memory large: peak ours / oeq", lambda: 0.87, most=1.0)
@@ -299,7 +300,20 @@ def test_report_renders_rows_and_failures(tmp_path):
     assert "| large | 1536 | oeq | fp32 | forward | 4321 |" in text
     assert "| large | 1536 | mace_triton | cold | 7.5 | 2.5 | 5 | 0.25 |" in text
     assert "CPU x86_64" not in text
+    readme = (tmp_path / "README.md").read_text()
+    assert "| tensor product, forward | large | 1536 |  |  | 3.21 | 2 |  |" in readme
+    assert readme.startswith("before\n")
+    assert readme.endswith("<!-- bench:end -->\nafter\n")
+    assert "old" not in readme
     assert (tmp_path / "docs" / "img" / "some-gpu-conv_tp.svg").read_text().count("cueq") >= 1
+
+
+def test_report_does_not_touch_a_readme_without_its_markers(tmp_path):
+    _results(tmp_path, "Some GPU")
+    (tmp_path / "README.md").write_text("mine\n")
+    arguments = ["report", "--results", str(tmp_path), "--docs", str(tmp_path / "docs")]
+    assert "lacks the lines" in CliRunner().invoke(bench_report.app, arguments).output
+    assert (tmp_path / "README.md").read_text() == "mine\n"
 
 
 def test_report_takes_the_newest_row():
