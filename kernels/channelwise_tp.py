@@ -105,6 +105,23 @@ def _covered(problem) -> bool:
     return {path.slot3 for path in problem.paths} == set(range(len(problem.slots3)))
 
 
+def _launch(kernels: list[tuple], tile: tiles.Tile, acc: tl.dtype, plan, *tensors: torch.Tensor) -> None:
+    """Run the parts one after another: a program for each receiver, channel block and share of the edges."""
+    if plan.n_out == 0 or plan.n_edges == 0:
+        return
+    for kernel, blocks in kernels:
+        kernel[(plan.n_out * blocks * tile["SPLIT"],)](
+            *tensors,
+            plan.receiver_ptr,
+            plan.perm,
+            plan.sender,
+            ACC=acc,
+            BLOCK_C=tile["BLOCK_C"],
+            SPLIT=tile["SPLIT"],
+            num_warps=tile.num_warps,
+        )
+
+
 def _run_forward(problem, operands: tuple[torch.Tensor, ...], plan, tangent: bool) -> torch.Tensor:
     x, w = operands[0], operands[4 if tangent else 2]
     acc, acc_tl = _accumulate(x.dtype)
@@ -114,19 +131,8 @@ def _run_forward(problem, operands: tuple[torch.Tensor, ...], plan, tangent: boo
         (splits, plan.n_out, problem.dim_out), dtype=x.dtype if splits == 1 else acc, device=x.device
     )
     budget = tile["TANGENT_PAIRS" if tangent else "PAIRS"]
-    for kernel, blocks in _forward_kernels(problem, budget, tile["BLOCK_C"], _ahead(tile, x), tangent):
-        if plan.n_out and plan.n_edges:
-            kernel[(plan.n_out * blocks * tile["SPLIT"],)](
-                *operands,
-                out,
-                plan.receiver_ptr,
-                plan.perm,
-                plan.sender,
-                ACC=acc_tl,
-                BLOCK_C=tile["BLOCK_C"],
-                SPLIT=tile["SPLIT"],
-                num_warps=tile.num_warps,
-            )
+    kernels = _forward_kernels(problem, budget, tile["BLOCK_C"], _ahead(tile, x), tangent)
+    _launch(kernels, tile, acc_tl, plan, *operands, out)
     return out[0] if splits == 1 else out.sum(0).to(x.dtype)
 
 
@@ -145,22 +151,7 @@ def _run_backward(problem, g: torch.Tensor, operands: tuple[torch.Tensor, ...], 
     new = torch.empty if deterministic else torch.zeros
     gy = new((plan.n_edges, gy_rows, problem.dim_in2), dtype=acc, device=x.device)
     gw = torch.empty_like(w)
-    for kernel, blocks in kernels:
-        if plan.n_out and plan.n_edges:
-            kernel[(plan.n_out * blocks * tile["SPLIT"],)](
-                g,
-                *operands,
-                gx,
-                gy,
-                gw,
-                plan.receiver_ptr,
-                plan.perm,
-                plan.sender,
-                ACC=acc_tl,
-                BLOCK_C=tile["BLOCK_C"],
-                SPLIT=tile["SPLIT"],
-                num_warps=tile.num_warps,
-            )
+    _launch(kernels, tile, acc_tl, plan, g, *operands, gx, gy, gw)
     if mode == "edge":
         gx = segment_sum(gx, plan.sender_ptr, plan.sender_perm)
     gy = gy.sum(1) if deterministic else gy[:, 0]

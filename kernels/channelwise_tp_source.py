@@ -127,10 +127,8 @@ class Writer:
         that memory latency hides behind the arithmetic of a whole edge without a second set of registers. The rows of
         y and b travel as one vector and are handed to all lanes by a gather.
         """
-        self.operands, self.kinds = (
-            operands,
-            [{"a": "x", "b": "y", "q": "w"}.get(letter, letter) for letter in operands],
-        )
+        self.operands = operands
+        self.kinds = [{"a": "x", "b": "y", "q": "w"}.get(letter, letter) for letter in operands]
         width = triton.next_power_of_2(self.problem.dim_in2)
         self.emit(f"lane = tl.arange(0, {width})")
         self.lane_mask = "" if width == self.problem.dim_in2 else f", mask=lane < {self.problem.dim_in2}, other=0.0"

@@ -315,8 +315,9 @@ CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {
     "linear_fwd": {
         "BLOCK_M": (32, 64, 128),
         "BLOCK_N": (32, 64, 128),
-        "BLOCK_K": (16, 32, 64),
+        "BLOCK_K": (16, 32, 64, 128),
         "num_warps": (4, 8),
+        "num_stages": (1, 2, 3),
         "LANES": (4, 8, 32),
     },
     "linear_wgrad": {
@@ -386,9 +387,9 @@ def fastest(found: dict):
 
 
 def changed(tile, key: str, value: int):
-    """The tile with one block size, or num_warps, changed."""
-    if key == "num_warps":
-        return replace(tile, num_warps=value)
+    """The tile with one block size, num_warps or num_stages changed."""
+    if key in ("num_warps", "num_stages"):
+        return replace(tile, **{key: value})
     return replace(tile, block=tuple(sorted((dict(tile.block) | {key: value}).items())))
 
 

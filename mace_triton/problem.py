@@ -17,6 +17,7 @@ from e3nn import o3
 
 LAYOUTS = ("mul_ir", "ir_mul")
 MAX_L = 3
+MAX_DIM_IN2 = 32  # the kernels hand a row of harmonics around among 32 lanes
 
 
 def check_layout(layout: str, name: str = "layout") -> str:
@@ -104,8 +105,8 @@ class ChannelwiseTPProblem:
     Strings are e3nn irreps. `instructions` are (slot in x, slot in y, slot in out), every one of e3nn mode "uvu" with
     a weight per channel; W[e] holds them one after another in this order, `mul` weights each.
 
-    Raises ValueError for irreps that do not parse, y irreps with a multiplicity other than 1, an instruction whose
-    multiplicities or irreps do not fit, l > 3.
+    Raises ValueError for irreps that do not parse, y irreps with a multiplicity other than 1 or with more than 32
+    components, an instruction whose multiplicities or irreps do not fit, l > 3.
     """
 
     irreps_in1: str
@@ -123,6 +124,8 @@ class ChannelwiseTPProblem:
             object.__setattr__(self, name, str(irreps))
             if len(irreps) and irreps.lmax > MAX_L:
                 raise ValueError(f"{name}: l = {irreps.lmax} in {irreps}; supported are l <= {MAX_L}")
+        if self.dim_in2 > MAX_DIM_IN2:
+            raise ValueError(f"irreps_in2: dimension {self.dim_in2}; supported are at most {MAX_DIM_IN2}")
         if any(slot.mul != 1 for slot in self.slots2):
             raise ValueError(f"irreps_in2: every multiplicity must be 1 (spherical harmonics), got {self.irreps_in2}")
         for number, (i, j, k) in enumerate(self.instructions):

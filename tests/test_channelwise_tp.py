@@ -375,6 +375,7 @@ def test_bad_graphs(edge_index, error, message, device):
         ({"irreps_in1": "8x0z"}, "irreps_in1"),
         ({"irreps_in1": "8x4e"}, "supported are l <= 3"),
         ({"irreps_in2": "2x0e"}, "irreps_in2: every multiplicity must be 1"),
+        ({"irreps_in2": "+".join(["1x3o"] * 5)}, "irreps_in2: dimension 35"),
         ({"instructions": ((0, 3, 0),)}, "points outside"),
         ({"irreps_out": "7x0e"}, "equal multiplicities"),
         ({"irreps_out": "8x1o"}, "parities differ"),
