@@ -36,7 +36,7 @@ BUDGETS = {
         0.01, 0.1, 2e-5, "positions near 20 angstrom round to 1e-6; an O-H bond of 50 eV/A^2 makes that 0.05"
     ),
     "tf32": Budget(0.5, 5.0, 2e-3, "operands of the linears keep 11 bits: 2^-11 = 5e-4 per product, over two layers"),
-    "fp16": Budget(0.5, 5.0, 2e-3, "11 bits as TF32; the radial weights are rounded to 11 bits too"),
+    "fp16": Budget(0.5, 5.0, 2e-3, "11 bits as TF32, in a smaller range"),
     "bf16": Budget(2.0, 20.0, 1e-2, "operands keep 8 bits: 2^-8 = 4e-3 per product; half the error of a good model"),
 }
 """Policy name -> budget. The fixed parts stay below the error of a good model against DFT (1 meV/atom, 40 meV/A)."""

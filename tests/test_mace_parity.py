@@ -39,7 +39,7 @@ def e3nn_model(name: str, device: torch.device, dtype: torch.dtype = torch.float
 
 
 @lru_cache(maxsize=32)
-def fast_model(name: str, device: torch.device, precision: str = "fp64") -> torch.nn.Module:
+def fast_model(name: str, device: torch.device, precision: str | mt.Precision = "fp64") -> torch.nn.Module:
     return mt.accelerate(e3nn_model(name, device), precision, strict=True)
 
 
@@ -138,15 +138,24 @@ UNITS = {"tf32": 2.0**-11, "bf16": 2.0**-9, "fp16": 2.0**-12}
 """Half the largest relative error of rounding one operand, policy -> unit: stricter than need be."""
 
 
+def check_budget(name: str, policy: str | mt.Precision, unit: float, device: torch.device) -> None:
+    """A policy rounds some operands to `unit`; e3nn's FP32 rounds these and everything else, so its error in units of
+    2^-24 bounds the policy's in its own. Nor may the error be so small that the policy must have been ignored."""
+    models = e3nn_model(name, device, torch.float32), fast_model(name, device, policy)
+    scale, (single, error) = force_errors(name, device, *models)
+    assert unit / 50 * scale <= error <= unit / 2.0**-24 * single
+
+
 @pytest.mark.parametrize("precision", UNITS)
 @pytest.mark.parametrize("name", ["mp-medium", "off-large", "nonlinear"])
 def test_low_precision_keeps_its_budget(name, precision, device, reference_path):
-    """A policy rounds the operands of the linears and the radial weights; e3nn's FP32 rounds these and everything
-    else, so its error in units of 2^-24 bounds the policy's in units of its own rounding."""
-    models = e3nn_model(name, device, torch.float32), fast_model(name, device, precision)
-    scale, (single, error) = force_errors(name, device, *models)
-    assert error <= UNITS[precision] / 2.0**-24 * single
-    assert error >= UNITS[precision] / 50 * scale  # the policy was not ignored
+    check_budget(name, precision, UNITS[precision], device)
+
+
+@pytest.mark.parametrize("storage", ["bf16", "fp16"])
+def test_stored_radial_weights_keep_the_budget(storage, device, reference_path):
+    """No preset stores the weights of the tensor product in 16 bits, but a policy of one's own may."""
+    check_budget("mp-medium", mt.Precision("stored", "fp32", "tf32x3", storage), UNITS[storage], device)
 
 
 @pytest.mark.parametrize("name", ["mp-large", "nonlinear"])
