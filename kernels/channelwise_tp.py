@@ -109,17 +109,18 @@ def _launch(kernels: list[tuple], tile: tiles.Tile, acc: tl.dtype, plan, *tensor
     """Run the parts one after another: a program for each receiver, channel block and share of the edges."""
     if plan.n_out == 0 or plan.n_edges == 0:
         return
-    for kernel, blocks in kernels:
-        kernel[(plan.n_out * blocks * tile["SPLIT"],)](
-            *tensors,
-            plan.receiver_ptr,
-            plan.perm,
-            plan.sender,
-            ACC=acc,
-            BLOCK_C=tile["BLOCK_C"],
-            SPLIT=tile["SPLIT"],
-            num_warps=tile.num_warps,
-        )
+    with torch.cuda.device_of(plan.perm):  # Triton launches on the current device
+        for kernel, blocks in kernels:
+            kernel[(plan.n_out * blocks * tile["SPLIT"],)](
+                *tensors,
+                plan.receiver_ptr,
+                plan.perm,
+                plan.sender,
+                ACC=acc,
+                BLOCK_C=tile["BLOCK_C"],
+                SPLIT=tile["SPLIT"],
+                num_warps=tile.num_warps,
+            )
 
 
 def _run_forward(problem, operands: tuple[torch.Tensor, ...], plan, tangent: bool) -> torch.Tensor:
@@ -179,8 +180,9 @@ def segment_sum(rows: torch.Tensor, ptr: torch.Tensor, perm: torch.Tensor) -> to
     n, width = ptr.shape[0] - 1, rows.shape[1]
     out = torch.empty((n, width), dtype=rows.dtype, device=rows.device)
     if n and width:
-        grid = (n * triton.cdiv(width, 128),)
-        segment_sum_kernel[grid](rows, ptr, perm, out, width, ACC=_accumulate(rows.dtype)[1], BLOCK=128, num_warps=1)
+        grid, acc = (n * triton.cdiv(width, 128),), _accumulate(rows.dtype)[1]
+        with torch.cuda.device_of(rows):
+            segment_sum_kernel[grid](rows, ptr, perm, out, width, ACC=acc, BLOCK=128, num_warps=1)
     return out
 
 

@@ -328,6 +328,15 @@ def test_more_weights_than_int32_counts():
     assert_close(gw[last], exact[2], torch.bfloat16, 4000)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_kernels_run_where_their_tensors_lie(deterministic):
+    """Triton launches on the current device, which need not be that of the tensors."""
+    edge_index = edges_of("duplicates, self edges, isolated nodes", torch.device("cuda:1"))
+    with torch.cuda.device(0):
+        check_against_reference(problem_of("medium"), edge_index, 5, 6, torch.float32, deterministic=deterministic)
+
+
 def _valid(device):
     problem = problem_of("odd channels")
     plan = graph_plan(edges_of("one edge", device), 5, 6)
