@@ -138,7 +138,7 @@ class Writer:
         self.index("e_next", "s_next", "tl.minimum(begin + 1, last)")
         self.rows("e", "s")
         self.fill_y()
-        for slot in {slot: None for slot, _ in self.x_parts}:
+        for slot in dict.fromkeys(slot for slot, _ in self.x_parts):
             self.fill_x(slot)
         for n, _ in self.paths:
             self.fill_w(n)
@@ -231,12 +231,16 @@ class Writer:
         keep = f"(place % {copies} == 0) & (place // {copies} < {self.problem.dim_in2})"
         self.emit(store.format(f"place // {copies}", held[0], keep))
 
+    def last_reader(self, n: int) -> bool:
+        """Whether no path after n reads n's slot of x."""
+        slot = self.problem.paths[n].slot1
+        return n == [i for i, path in self.paths if path.slot1 == slot][-1]
+
     def used(self, n: int) -> None:
         """Path n is done with this edge: fill its weights, and its features if no later path reads them."""
         self.fill_w(n)
-        slot = self.problem.paths[n].slot1
-        if n == [i for i, path in self.paths if path.slot1 == slot][-1]:
-            self.fill_x(slot)
+        if self.last_reader(n):
+            self.fill_x(self.problem.paths[n].slot1)
 
 
 def forward_source(problem, numbers: tuple[int, ...], block_c: int, tangent: bool = False, ahead: int = 0) -> str:
@@ -342,7 +346,7 @@ def backward_source(
     for n, path in out.paths:
         _backward_path(out, n, path, tangent, started)
         out.used(n)
-        if gx != "none" and n == [i for i, other in out.paths if other.slot1 == path.slot1][-1]:
+        if gx != "none" and out.last_reader(n):
             for m in range(2 * path.l1 + 1):
                 pointer = out.pointer("gx_row", problem.slots1[path.slot1], m)
                 out.emit(GX_STORES[gx].format(pointer, f"gx{path.slot1}_{m}", out.store_mask, out.load_mask))

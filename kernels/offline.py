@@ -150,7 +150,12 @@ def main() -> None:
     """Child process: pickled cases on stdin, statistics as JSON on stdout."""
     job = pickle.load(sys.stdin.buffer)
     cases = [Case(**{**case, "divisible": tuple(case["divisible"])}) for case in job["cases"]]
-    stats = {case.name: compile_case(getattr(_load(case.module), case.kernel), case, job["target"]) for case in cases}
+    stats = {}
+    for case in cases:
+        try:
+            stats[case.name] = compile_case(getattr(_load(case.module), case.kernel), case, job["target"])
+        except Exception as error:  # a compiler's errors have many types
+            raise SystemExit(f"{case.name} does not compile for {job['target']}: {error}") from error
     print(json.dumps({name: asdict(value) for name, value in stats.items()}))
 
 

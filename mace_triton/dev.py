@@ -7,19 +7,16 @@ time, tune: milliseconds and share of the roofline, and the search for tiles; bo
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import math
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
@@ -126,45 +123,16 @@ def print_sources(jobs: list[tuple]) -> None:
 
 def compile_jobs(jobs: list[tuple]) -> list:
     """Statistics of every (case, target), compiled on all cores. Raises RuntimeError naming what does not compile."""
-    with without_interpreter(), ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), get_context("spawn")) as pool:
-        return list(pool.map(compile_job, jobs))
-
-
-@contextmanager
-def without_interpreter() -> Iterator[None]:
-    """Processes started inside compile the kernels, whatever this process does."""
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "0"
-    try:
-        yield
-    finally:
-        os.environ.pop("TRITON_INTERPRET")
-        if before is not None:
-            os.environ["TRITON_INTERPRET"] = before
-
-
-def compile_job(job: tuple):
-    """One compilation; runs in a process of its own."""
-    case, target = job
-    from .cli import quiet
-
-    quiet()
     from .kernels import offline
 
-    try:
-        return offline.compile_case(getattr(kernel_module(case.module), case.kernel), case, target)
-    except Exception as error:  # a compiler's errors have many types, some of which cannot travel between processes
-        raise RuntimeError(f"{case.name} does not compile for {target}: {error}") from None
-
-
-def kernel_module(name: str):
-    """kernels/<name>.py, or the generated file of that path."""
-    if not os.path.isabs(name):
-        return importlib.import_module(f"mace_triton.kernels.{name}")
-    spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    workers = os.cpu_count() or 1
+    targets = dict.fromkeys(target for _, target in jobs)
+    cases = {target: [case for case, other in jobs if other == target] for target in targets}
+    shares = [(share, target) for target in targets for i in range(workers) if (share := cases[target][i::workers])]
+    with ThreadPoolExecutor(workers) as pool:  # each share runs in a process of its own
+        found = list(pool.map(lambda share: offline.compile_cases(*share), shares))
+    stats = {(name, target): one for (_, target), some in zip(shares, found, strict=True) for name, one in some.items()}
+    return [stats[case.name, target] for case, target in jobs]
 
 
 def sized(op: str, shape: str, dtype: str):

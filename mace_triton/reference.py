@@ -28,7 +28,7 @@ def cg(l1: int, l2: int, l3: int, like: torch.Tensor) -> torch.Tensor:
     return _cg_cache[key]
 
 
-def block(x: torch.Tensor, slot: Slot) -> torch.Tensor:
+def slot_view(x: torch.Tensor, slot: Slot) -> torch.Tensor:
     """The view [rows, 2 l + 1, mul] of one slot of x [rows, dim], whatever the layout."""
     part = x[:, slot.offset : slot.offset + slot.mul * slot.dim]
     if slot.layout == "ir_mul":
@@ -53,10 +53,10 @@ def channelwise_tp_fwd(
     out = torch.zeros(n_out, problem.dim_out, dtype=dtype, device=x.device)
     for path in problem.paths:
         s1, s2, s3 = problem.slots1[path.slot1], problem.slots2[path.slot2], problem.slots3[path.slot3]
-        coupling = torch.einsum("eb,abk->eak", block(y, s2)[..., 0], cg(path.l1, path.l2, path.l3, y))
-        weighted = block(sent, s1) * w[:, None, path.weight : path.weight + path.mul]
+        coupling = torch.einsum("eb,abk->eak", slot_view(y, s2)[..., 0], cg(path.l1, path.l2, path.l3, y))
+        weighted = slot_view(sent, s1) * w[:, None, path.weight : path.weight + path.mul]
         message = torch.bmm(coupling.transpose(1, 2), weighted)  # [E, 2 l3 + 1, mul]
-        block(out, s3).index_add_(0, edge_index[1], message)
+        slot_view(out, s3).index_add_(0, edge_index[1], message)
     return out.to(x.dtype)
 
 
@@ -81,12 +81,12 @@ def channelwise_tp_bwd(
     for path in problem.paths:
         s1, s2, s3 = problem.slots1[path.slot1], problem.slots2[path.slot2], problem.slots3[path.slot3]
         table = cg(path.l1, path.l2, path.l3, wide_y)
-        coupling = torch.einsum("eb,abk->eak", block(wide_y, s2)[..., 0], table)
+        coupling = torch.einsum("eb,abk->eak", slot_view(wide_y, s2)[..., 0], table)
         columns = slice(path.weight, path.weight + path.mul)
-        sent_block, received_block, weight = block(sent, s1), block(received, s3), wide_w[:, None, columns]
+        sent_block, received_block, weight = slot_view(sent, s1), slot_view(received, s3), wide_w[:, None, columns]
         u = torch.bmm(coupling, received_block)  # [E, 2 l1 + 1, mul]
         gw[:, columns] = (u * sent_block).sum(1)
-        block(gx, s1).index_add_(0, edge_index[0], u * weight)
+        slot_view(gx, s1).index_add_(0, edge_index[0], u * weight)
         outer = torch.bmm(sent_block * weight, received_block.transpose(1, 2))  # [E, 2 l1 + 1, 2 l3 + 1]
         gy[:, s2.offset : s2.offset + s2.dim] += torch.einsum("eak,abk->eb", outer, table)
     return gx.to(x.dtype), gy.to(y.dtype), gw.to(w.dtype)

@@ -9,6 +9,7 @@ import torch
 
 from .linear_problem import LinearProblem
 from .problem import Slot
+from .reference import slot_view
 
 ROUNDED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -19,14 +20,6 @@ def operand(tensor: torch.Tensor, mode: str) -> torch.Tensor:
         rounded = ((tensor.view(torch.int32) + 0x1000) & -0x2000).view(tensor.dtype)
         return torch.where(tensor.isnan(), tensor, rounded)  # the carry would turn the NaN 0x7fffffff into zero
     return tensor.to(ROUNDED[mode]).to(tensor.dtype) if mode in ROUNDED else tensor
-
-
-def slot_view(x: torch.Tensor, slot: Slot) -> torch.Tensor:
-    """The slot of x [N, dim] as [N, 2l+1, mul]."""
-    block = x[:, slot.offset : slot.offset + slot.mul * slot.dim]
-    if slot.layout == "ir_mul":
-        return block.reshape(-1, slot.dim, slot.mul)
-    return block.reshape(-1, slot.mul, slot.dim).transpose(1, 2)
 
 
 def slot_flat(values: torch.Tensor, slot: Slot) -> torch.Tensor:
