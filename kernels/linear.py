@@ -112,35 +112,41 @@ def _row_places(row, width, mul, dim, LAYOUT: tl.constexpr):
 
 @triton.jit
 def _round_tf32(x):
-    """x (FP32) rounded to nearest in TF32's 10 mantissa bits. The matrix units alone would cut the other 13 off."""
-    rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return tl.where(x == x, rounded, x)  # the carry would turn the NaN 0x7fffffff into zero
+    """x (FP32) rounded to nearest in TF32's 10 mantissa bits. The carry may turn a NaN into zero."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _dot_tf32(a, b, acc, INTERPRET: tl.constexpr):
+    """acc + a b in TF32; what an operand holds beyond TF32's bits is cut off."""
+    return tl.dot(a, b, acc, input_precision="ieee" if INTERPRET else "tf32")
 
 
 @triton.jit
 def _dot(a, b, acc, MODE: tl.constexpr, INTERPRET: tl.constexpr):
     """acc + a b with the operands rounded to MODE."""
-    if MODE == "bf16":
-        a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)
-    elif MODE == "fp16":
-        a, b = a.to(tl.float16), b.to(tl.float16)
-    elif MODE == "tf32":
-        a, b = _round_tf32(a), _round_tf32(b)
+    if MODE == "tf32":
+        a, b = tl.where(a == a, _round_tf32(a), a), tl.where(b == b, _round_tf32(b), b)  # a NaN stays one
+        return _dot_tf32(a, b, acc, INTERPRET)
     elif MODE == "tf32x3":
-        # a b = (a' + a'')(b' + b''), without a'' b''; small terms first. Tensor cores truncate what they add to their
-        # accumulator, so a block of K sums from zero there and joins the long sum in an ordinary, rounded addition.
+        # a b = (a' + a'')(b' + b''), without a'' b''; small terms first. a'' has at most 12 bits, so cutting it costs no
+        # more than rounding it would, and it keeps the NaNs that a' may lose. Tensor cores truncate what they add to
+        # their accumulator: a block of K sums from zero there and joins the long sum in an ordinary, rounded addition.
         high_a, high_b = _round_tf32(a), _round_tf32(b)
-        block = _dot(a - high_a, high_b, tl.zeros_like(acc), "tf32", INTERPRET)
-        block = _dot(high_a, b - high_b, block, "tf32", INTERPRET)
-        return acc + _dot(high_a, high_b, block, "tf32", INTERPRET)
-    if INTERPRET:  # its dot is wrong for bf16, so it gets the rounded operands in the type of the sum
-        return acc + tl.dot(a.to(acc.dtype), b.to(acc.dtype), out_dtype=acc.dtype, input_precision="ieee")
-    elif MODE == "bf16" or MODE == "fp16":
-        return tl.dot(a, b, acc)
+        block = _dot_tf32(a - high_a, high_b, tl.zeros_like(acc), INTERPRET)
+        block = _dot_tf32(high_a, b - high_b, block, INTERPRET)
+        return acc + _dot_tf32(high_a, high_b, block, INTERPRET)
     elif MODE == "fp64":
         return tl.dot(a, b, acc, out_dtype=tl.float64)
+    elif MODE == "ieee":
+        return tl.dot(a, b, acc, input_precision="ieee")
     else:
-        return tl.dot(a, b, acc, input_precision="ieee" if MODE == "ieee" else "tf32")
+        dtype: tl.constexpr = tl.bfloat16 if MODE == "bf16" else tl.float16
+        a, b = a.to(dtype), b.to(dtype)
+        if INTERPRET:  # its dot is wrong for bf16, so it gets the rounded operands in the type of the sum
+            return tl.dot(a.to(acc.dtype), b.to(acc.dtype), acc, input_precision="ieee")
+        else:
+            return tl.dot(a, b, acc)
 
 
 @triton.jit
