@@ -211,7 +211,7 @@ def offline_cases(problem, target: str = "sm_90", storages: tuple[str, ...] = ("
     for storage in storages:
         call = {"dtype": "fp64" if storage == "fp64" else "fp32", "storage": storage}
         for op in ("channelwise_tp_fwd", "channelwise_tp_bwd"):
-            tile = tiles.choose(op, **call, pairs=_pairs(problem), nodes=5184)
+            tile = tiles.choose(op, arch=target, **call, pairs=_pairs(problem), nodes=5184)
             ahead = 0 if target.startswith("gfx") else tile["AHEAD"]
             for tangent in (False, True):
                 how = (problem, tile["TANGENT_PAIRS" if tangent else "PAIRS"], tile["BLOCK_C"], ahead)

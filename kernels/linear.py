@@ -129,9 +129,9 @@ def _dot(a, b, acc, MODE: tl.constexpr, INTERPRET: tl.constexpr):
         a, b = tl.where(a == a, _round_tf32(a), a), tl.where(b == b, _round_tf32(b), b)  # a NaN stays one
         return _dot_tf32(a, b, acc, INTERPRET)
     elif MODE == "tf32x3":
-        # a b = (a' + a'')(b' + b''), without a'' b''; small terms first. a'' has at most 12 bits, so cutting it costs no
-        # more than rounding it would, and it keeps the NaNs that a' may lose. Tensor cores truncate what they add to
-        # their accumulator: a block of K sums from zero there and joins the long sum in an ordinary, rounded addition.
+        # a b = (a' + a'')(b' + b''), without a'' b''; small terms first. a'' has at most 12 bits: to cut it costs no
+        # more than to round it, and keeps the NaNs that a' may lose. Tensor cores truncate what they add to their
+        # accumulator: a block of K sums from zero there and joins the long sum in an ordinary, rounded addition.
         high_a, high_b = _round_tf32(a), _round_tf32(b)
         block = _dot_tf32(a - high_a, high_b, tl.zeros_like(acc), INTERPRET)
         block = _dot_tf32(high_a, b - high_b, block, INTERPRET)
@@ -380,16 +380,13 @@ def _wgrad_plan(problem, mode: str, scale: float, device: torch.device, tile: ti
     return _Plan(_tensors(device, (rows,), scales), (), constants)
 
 
-def _tile(op: str, mode: str, layout: str, nodes: int) -> tiles.Tile:
-    return tiles.choose(op, mode=mode, layout=layout, nodes=nodes)
-
-
 def _run_map(problem, transposed, x, weight, bias, residual, mode, scale) -> torch.Tensor:
     nodes, width = x.shape[0], problem.dim_in if transposed else problem.dim_out
     out = torch.empty(nodes, width, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    tile = _tile("linear_fwd", mode, problem.layout_in if transposed else problem.layout_out, nodes)
+    reads, writes = (problem.layout_in, problem.layout_out)[:: -1 if transposed else 1]
+    tile = tiles.choose("linear_fwd", mode=mode, reads=reads, writes=writes, transposed=transposed, nodes=nodes)
     plan = _map_plan(problem, transposed, mode, scale, x.device, tile)
     block_m = tile["BLOCK_M"]
     programs = sum(-(-nodes * dim // block_m) * columns for dim, columns in plan.shapes)
@@ -436,7 +433,9 @@ def grad_w(problem, x: torch.Tensor, grad: torch.Tensor, mode: str, scale: float
     nodes = x.shape[0]
     if nodes == 0 or problem.weight_numel == 0:
         return x.new_zeros(problem.weight_numel)
-    tile = _tile("linear_wgrad", mode, problem.layout_in, nodes)
+    tile = tiles.choose(
+        "linear_wgrad", mode=mode, reads=problem.layout_in, writes=problem.layout_out, transposed=False, nodes=nodes
+    )
     plan = _wgrad_plan(problem, mode, scale, x.device, tile)
     parts = max(1, min(tile["PARTS"], nodes // 32))
     nodes_per_part = -(-nodes // parts)
@@ -474,21 +473,25 @@ def offline_cases(target: str = "sm_90") -> list:
         pointers = {"x_ptr": word, "w_ptr": weight, "bias_ptr": word, "residual_ptr": word, "out_ptr": word}
         tables = {"group_ptr": "*i32", "block_ptr": "*i32", "scale_ptr": "*fp64"}
         widths = {"width_in": "i32", "width_out": "i32"}
-        tile = _tile("linear_fwd", mode, "mul_ir", 5184)
-        for x_layout, out_layout, transposed in (
+        for reads, writes, transposed in (
+            ("ir_mul", "ir_mul", False),
             ("mul_ir", "ir_mul", False),
             ("ir_mul", "mul_ir", False),
+            ("ir_mul", "mul_ir", True),
             ("mul_ir", "ir_mul", True),
         ):
-            constants = {"X_LAYOUT": x_layout, "OUT_LAYOUT": out_layout, "TRANSPOSED": transposed, "MODE": mode}
+            call = {"mode": mode, "reads": reads, "writes": writes, "transposed": transposed, "nodes": 5184}
+            tile = tiles.choose("linear_fwd", arch=target, **call)
+            constants = {"X_LAYOUT": reads, "OUT_LAYOUT": writes, "TRANSPOSED": transposed, "MODE": mode}
             constants |= {"HAS_BIAS": False, "HAS_RESIDUAL": False, "EVEN_K": True, "EVEN_N": True, "ALIGN": 16}
-            name = f"linear_fwd {mode} {x_layout}->{out_layout}{' transposed' if transposed else ''}"
+            name = f"linear_fwd {mode} {reads}->{writes}{' transposed' if transposed else ''}"
             signature = pointers | tables | {"n_nodes": "i32"} | widths
             constants |= {"INTERPRET": False} | dict(tile.block)
             known = (*pointers, *tables, *widths)
             fwd = ("linear", "linear_fwd_kernel", signature, constants, tile.num_warps, tile.num_stages, known)
             cases.append(Case(name, *fwd))
-        tile = _tile("linear_wgrad", mode, "mul_ir", 5184)
+        call |= {"reads": "mul_ir", "writes": "mul_ir", "transposed": False}
+        tile = tiles.choose("linear_wgrad", arch=target, **call)
         signature = {"x_ptr": word, "g_ptr": word, "part_ptr": word, "block_ptr": "*i32", "scale_ptr": "*fp64"}
         known = (*signature, *widths, "weight_numel")
         signature |= {"n_nodes": "i32", "nodes_per_part": "i32"} | widths | {"weight_numel": "i32"}

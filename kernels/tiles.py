@@ -2,7 +2,8 @@
 
 `tiles.json` beside this file maps  op -> [rule, ...]; a rule is {"when": {...}, "block": {...}, "num_warps": n,
 "num_stages": n}. The first rule whose `when` fits the call is taken. A `when` value is compared for equality, or, for
-a key that ends in `_max`, the call's value of the stem must not exceed it. The table is written by
+a key that ends in `_max`, the call's value of the stem must not exceed it. Every call also has `arch`, "sm_90" for
+instance, so that a tile which fits one GPU can be kept from the others. The table is written by
 `mace-triton dev tune`, never behind the user's back.
 """
 
@@ -14,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+
+import torch
 
 TABLE = Path(__file__).with_name("tiles.json")
 
@@ -43,17 +46,28 @@ def table() -> dict[str, list[dict]]:
     return json.loads(TABLE.read_text())
 
 
+@lru_cache(maxsize=1)
+def current_arch() -> str:
+    """This machine's GPU as the rules name it: "sm_90", "gfx942", or "cpu"."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties().gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability())
+
+
 def _fits(when: dict, call: dict) -> bool:
     return all(call[k[:-4]] <= v if k.endswith("_max") else call[k] == v for k, v in when.items())
 
 
-def choose(op: str, **call) -> Tile:
-    """The tile for one launch of `op`; `call` describes it (dtype="fp32", channels=128, ...).
+def choose(op: str, *, arch: str | None = None, **call) -> Tile:
+    """The tile for one launch of `op`; `call` describes it (dtype="fp32", nodes=1536, ...). arch: this machine's GPU.
 
     Raises KeyError naming the op when the table has no rule that fits.
     """
     if op in _forced:
         return _forced[op]
+    call["arch"] = arch or current_arch()
     for rule in table().get(op, ()):
         if _fits(rule["when"], call):
             return Tile.of(rule["num_warps"], rule["num_stages"], **rule["block"])

@@ -322,7 +322,8 @@ def tune(
         before = tiles.choose(name, **asked[name])
         best = rank(name, before, calls, small)
         if write and best != before:
-            when = {key: value for key, value in asked[name].items() if key != "nodes"} | {"nodes_max": nodes}
+            when = {key: value for key, value in asked[name].items() if key != "nodes"}
+            when |= {"arch": tiles.current_arch(), "nodes_max": nodes}
             store(path, name, when, best)
             console.print(f"stored in {path}: {name} {json.dumps(when)}", highlight=False)
 

@@ -82,10 +82,10 @@ class ChannelwiseTP:
         ops, (x, y, w) = torch.ops.mace_triton, self.inputs.values()
         g = randn((self.graph.n_out, self.problem.dim_out), x.dtype, self.generator)
         a, b, q = (randn(t.shape, t.dtype, self.generator) for t in (x, y, w))
-        rest = (*self.graph, self.problem.key)
+        rest = (*self.graph.tensors, self.problem.key)
         return {
             "forward": lambda: ops.channelwise_tp(x, y, w, *rest),
-            "backward": lambda: ops.channelwise_tp_bwd(g, x, y, w, *rest),
+            "backward": lambda: ops.channelwise_tp_bwd(g, x, y, w, *rest, wrt_x=True),
             "double backward": lambda: ops.channelwise_tp_bwd_bwd(g, x, y, w, a, b, q, *rest),
         }
 
