@@ -297,6 +297,15 @@ def _supported(mode: str) -> str:
     return "ieee" if torch.version.hip and mode.startswith("tf32") else mode
 
 
+@lru_cache(maxsize=512)
+def _map_mode(problem, transposed: bool, mode: str) -> str:
+    """The operands a map uses for `mode`. Sums of fewer than 64 products are more exact, and cheap, in plain FP32: the
+    rounding of FP32 sums grows with their length, that of 3xTF32 does not (docs/numerics.md has the figures)."""
+    groups = problem.groups_transposed if transposed else problem.groups
+    lengths = [sum(segment.mul for segment in group.segments) for group in groups if group.segments]
+    return "ieee" if mode == "tf32x3" and min(lengths, default=0) < 64 else _supported(mode)
+
+
 def _fit(block: int, muls: list[int]) -> int:
     """`block`, made smaller (never below 16) as long as that wastes fewer masked channels."""
     waste = {b: sum(-mul % b for mul in muls) for b in (16, 32, 64, 128, 256) if b <= block}
@@ -336,12 +345,12 @@ def _map_plan(problem, transposed: bool, mode: str, scale: float, device: torch.
         "X_LAYOUT": _layout(x_layout, dims),
         "OUT_LAYOUT": _layout(out_layout, dims),
         "TRANSPOSED": transposed,
-        "MODE": _supported(mode),
+        "MODE": mode,
         "EVEN_K": all(s.mul % block_k == 0 for s in segments),
         "EVEN_N": all(g.mul % block_n == 0 for g in groups),
         "ALIGN": _align(*(n for s in segments for n in s), *(n for g in groups for n in (g.offset, g.mul))),
         "INTERPRET": _interpreting(),
-        "LANES": tile["LANES"],
+        "LANES": min(tile["LANES"], block_k, block_n),
         "BLOCK_M": tile["BLOCK_M"],
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
@@ -372,7 +381,7 @@ def _wgrad_plan(problem, mode: str, scale: float, device: torch.device, tile: ti
         "EVEN": all(row[1] % block_u == 0 and row[4] % block_w == 0 for row in rows),
         "ALIGN": _align(*numbers),
         "INTERPRET": _interpreting(),
-        "LANES": tile["LANES"],
+        "LANES": min(tile["LANES"], block_u, block_w),
         "BLOCK_R": tile["BLOCK_R"],
         "BLOCK_U": block_u,
         "BLOCK_W": block_w,
@@ -385,6 +394,7 @@ def _run_map(problem, transposed, x, weight, bias, residual, mode, scale) -> tor
     out = torch.empty(nodes, width, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
+    mode = _map_mode(problem, transposed, mode)
     reads, writes = (problem.layout_in, problem.layout_out)[:: -1 if transposed else 1]
     tile = tiles.choose("linear_fwd", mode=mode, reads=reads, writes=writes, transposed=transposed, nodes=nodes)
     plan = _map_plan(problem, transposed, mode, scale, x.device, tile)
