@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -51,6 +52,18 @@ def revision() -> str:
     return given or _output(["git", "-C", str(RESULTS.parent), "rev-parse", "--short=12", "HEAD"]) or "unknown"
 
 
+def command(argv: list[str]) -> str:
+    """What one types in the checkout to repeat this run, without the place its results go to."""
+    script, arguments = Path(argv[0]), argv[1:]
+    module = script.parent.name if script.stem == "__main__" else f"{script.parent.name}.{script.stem}"
+    words = ["python", "-m", module] if script.suffix == ".py" else [script.name]
+    for place in ("--out", "--bench-results"):
+        if place in arguments[:-1]:
+            i = arguments.index(place)
+            arguments = arguments[:i] + arguments[i + 2 :]
+    return shlex.join([*words, *(word for word in arguments if not word.startswith(("--out=", "--bench-results=")))])
+
+
 def environment(device: torch.device) -> Row:
     """Card, driver, versions, revision, date and command of this run."""
     on_gpu = device.type == "cuda"
@@ -62,7 +75,7 @@ def environment(device: torch.device) -> Row:
         "versions": {name: _version(distributions) for name, distributions in PACKAGES.items()},
         "revision": revision(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(sys.argv),
     }
 
 

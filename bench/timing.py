@@ -1,7 +1,8 @@
 """How times are taken: warm-up, device events, the median, inputs rotated so that they do not stay in the L2 cache.
 
 A GPU that waits for Python would be timed at Python's speed. So every burst of calls is queued behind a short sleep
-on the device: when it ends, the calls are already waiting, and the events see the GPU alone. Wall time is separate.
+on the device: when it ends, the calls are already waiting, and the events see the GPU alone. A burst that was queued
+too slowly for that is taken again behind a longer sleep. Wall time is separate.
 """
 
 from __future__ import annotations
@@ -22,17 +23,23 @@ Call = Callable[[], object]
 WARMUP = 3  # TorchScript specialises in the second call; one is enough on a CPU, where bench runs only to be tested
 BURST_MS = 2.0  # a burst lasts about this long, so that the resolution of the events does not matter
 ROUNDS_MS = 300.0  # and all bursts together about this long
+MAX_SLEEP_MS = 100.0  # the longest sleep that a burst is queued behind
 CPU_CACHE_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians in milliseconds per call; `spread` is the interquartile range over the median of `gpu_ms`."""
+    """Medians in milliseconds per call; `spread` is the interquartile range over the median of `gpu_ms`.
+
+    host_bound: the calls could not be queued ahead of the GPU (they wait for it themselves, or Python is slower than
+    MAX_SLEEP_MS), so `gpu_ms` holds waiting too.
+    """
 
     gpu_ms: float
     wall_ms: float
     spread: float
     rounds: int
+    host_bound: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,24 +107,29 @@ def _cycles_per_ms() -> float:
     return cycles / start.elapsed_time(end)
 
 
-def _burst_ms(calls: Sequence[Call], n: int, first: int, host_ms: float) -> float:
-    """Device time per call of n calls in a row, starting with input set `first`."""
+def _burst_ms(calls: Sequence[Call], n: int, first: int, host_ms: float) -> tuple[float, bool]:
+    """Device time per call of n calls in a row, starting with input set `first`, and whether the GPU had to wait."""
     # Outputs stay alive for one rotation, or all calls would write the same few cache lines.
     outputs = deque(maxlen=len(calls))
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(int((1.5 * host_ms * n + 0.2) * _cycles_per_ms()))
-    start.record()
-    for i in range(n):
-        outputs.append(calls[(first + i) % len(calls)]())
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / n
+    sleep_ms = min(1.5 * host_ms * n + 0.2, MAX_SLEEP_MS)
+    while True:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(int(sleep_ms * _cycles_per_ms()))
+        start.record()
+        for i in range(n):
+            outputs.append(calls[(first + i) % len(calls)]())
+        end.record()
+        late = start.query()  # the sleep was over before the last call was queued
+        end.synchronize()
+        if not late or sleep_ms >= MAX_SLEEP_MS:
+            return start.elapsed_time(end) / n, late
+        sleep_ms = min(2 * sleep_ms, MAX_SLEEP_MS)
 
 
-def _summary(samples: list[float], wall: list[float]) -> Timing:
+def _summary(samples: list[float], wall: list[float], host_bound: bool = False) -> Timing:
     median = statistics.median(samples)
     low, _, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else (median,) * 3
-    return Timing(median, statistics.median(wall), (high - low) / median, len(samples))
+    return Timing(median, statistics.median(wall), (high - low) / median, len(samples), host_bound)
 
 
 def time_calls(calls: Sequence[Call], device: torch.device) -> Timing:
@@ -130,10 +142,11 @@ def time_calls(calls: Sequence[Call], device: torch.device) -> Timing:
     if device.type != "cuda":
         return _summary(wall, wall)
     host_ms = min(_host_ms(calls[0], device) for _ in range(3))
-    estimate = min(_burst_ms(calls, 1, i, host_ms) for i in range(3))
+    estimate = min(_burst_ms(calls, 1, i, host_ms)[0] for i in range(3))
     n = max(1, min(20, math.ceil(BURST_MS / estimate)))
     rounds = int(max(5, min(25, ROUNDS_MS / (n * estimate))))
-    return _summary([_burst_ms(calls, n, i * n, host_ms) for i in range(rounds)], wall)
+    samples, late = zip(*(_burst_ms(calls, n, i * n, host_ms) for i in range(rounds)), strict=True)
+    return _summary(list(samples), wall, host_bound=sum(late) > rounds // 2)
 
 
 def time_wall(call: Call, device: torch.device) -> float:

@@ -88,7 +88,8 @@ def _block_cells(row: Row) -> list[str]:
     if row["status"] != "ok":
         return [str(row["status"]), "", "", str(row["reason"]), ""]
     share = "" if row["roofline_percent"] is None else f"{row['roofline_percent']:.0f}"
-    return [number(row["gpu_ms"]), share, f"{row['error']:.0e}", _ratios(row), _longest_kernels(row)]
+    time = number(row["gpu_ms"]) + (" (host)" if row.get("host_bound") else "")
+    return [time, share, f"{row['error']:.0e}", _ratios(row), _longest_kernels(row)]
 
 
 def _longest_kernels(row: Row, how_many: int = 2) -> str:
@@ -250,21 +251,30 @@ COLUMNS = (("e3nn", "fp32"), ("oeq", "fp32"), ("cueq", "fp32"), (OURS, "fp32"), 
 MARKERS = ("<!-- bench:start -->", "<!-- bench:end -->")
 
 
-def summary(card: str, runs) -> Iterator[str]:
-    """The README's table: GPU milliseconds of every provider, side by side, and where the figures come from."""
-    rows = newest(row for _, found, _ in runs for row in found)
+def _summary_cells(rows: list[Row], key: tuple) -> list[str]:
+    """The times of every column that one run has for one line of the README's table."""
     times = {
-        tuple(row.get(key) for key in ("block", "case", "atoms", "direction", "provider", "precision")): row["gpu_ms"]
+        (row["provider"], row["precision"]): row["gpu_ms"]
         for row in rows
         if row["status"] == "ok" and "kind" not in row and not row["variant"] and row.get("gpu_ms") is not None
+        if key == tuple(row[name] for name in ("block", "case", "atoms", "direction"))
     }
-    lines = []
+    return [number(times.get(column)) for column in COLUMNS]
+
+
+def summary(card: str, runs) -> Iterator[str]:
+    """The README's table: GPU milliseconds of every provider, side by side, and where the figures come from.
+
+    A line comes from one run: the one that has most of its columns, the newest of those.
+    """
+    lines, sources = [], []
     for text, *key in SUMMARY:
-        cells = [number(times.get((*key, *column))) for column in COLUMNS]
+        found = [(_summary_cells(rows, tuple(key)), environment) for environment, rows, _ in runs]
+        cells, environment = max(reversed(found), key=lambda pair: sum(map(bool, pair[0])))
         if any(cells):
             lines.append([text, key[1], key[2], *cells])
-    environment = runs[-1][0]
-    yield f"GPU milliseconds on one {card}, revision {environment['revision']}, `{environment['command']}`:\n"
+            sources.append(f"revision {environment['revision']}, `{environment['command']}`")
+    yield f"GPU milliseconds on one {card}, {'; '.join(dict.fromkeys(sources))}:\n"
     head = [f"{'ours' if provider == OURS else provider} {precision}" for provider, precision in COLUMNS]
     yield from table(["what", "shape", "atoms", *head], lines)
     yield "All shapes, errors, memory and versions: [docs/benchmarks.md](docs/benchmarks.md)."
@@ -289,7 +299,8 @@ random weights. Times are medians on a warm GPU with inputs rotated through more
 each provider first had to agree with e3nn in FP64 on the same inputs ("error" is its largest relative error).
 Percent of roofline: the fewest bytes the operation must move, over the measured copy bandwidth, over the time.
 "peer / ours" divides a peer's time by ours, both from the same run: FP32 peers beside every precision of
-ours but FP64, which is set beside FP64. Whole models: "GPU ms" is the sum of all kernels, "wall ms" what Python waits.
+ours but FP64, which is set beside FP64. "(host)": the calls could not be queued ahead of the GPU, so the time holds its
+waiting for Python too. Whole models: "GPU ms" is the sum of all kernels, "wall ms" what Python waits.
 """
 
 

@@ -198,6 +198,35 @@ def test_timing_rotates_all_inputs():
     assert timing.sets_beyond_cache(100 * timing.CPU_CACHE_BYTES, CPU) == 1
 
 
+@pytest.mark.parametrize(("needed_ms", "late"), [(5.0, False), (1e9, True)])
+def test_a_burst_that_is_queued_too_late_is_taken_again(monkeypatch, needed_ms, late):
+    """A fake device: its sleep is over in time unless it lasts `needed_ms`."""
+    slept = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            pass
+
+        def query(self):
+            return slept[-1] < needed_ms
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 8.0
+
+    monkeypatch.setattr(timing.torch.cuda, "Event", Event)
+    monkeypatch.setattr(timing.torch.cuda, "_sleep", slept.append)
+    monkeypatch.setattr(timing, "_cycles_per_ms", lambda: 1)
+    assert timing._burst_ms([lambda: None], 4, 0, 0.2) == (2.0, late)
+    assert slept[:3] == [1, 2, 5]  # whole cycles, of a millisecond here
+    assert slept[-1] == (timing.MAX_SLEEP_MS if late else 5)
+
+
 def _row(provider, precision, gpu_ms, status="ok", **changes) -> dict:
     spec = measure.Spec(blocks.ConvCase("large", 1536), provider, precision, "forward")
     row = measure.describe(spec) | {"gpu_ms": gpu_ms, "status": status, "reason": None, "error": 1e-7}
@@ -224,6 +253,21 @@ def test_recorder_keeps_what_was_measured(tmp_path):
     for count in (1, 2):
         recorder.add(_row("cueq", "fp32", 1.0, atoms=count))
         assert len(json.loads(recorder.path.read_text())["rows"]) == count
+
+
+@pytest.mark.parametrize(
+    ("argv", "typed"),
+    [
+        (["/x/bench/bars.py", "--out", "/y/bars.json", "--only", "conv"], "python -m bench.bars --only conv"),
+        (
+            ["/x/pytest/__main__.py", "bench", "-k", "a or b", "--bench-results=/y"],
+            "python -m pytest bench -k 'a or b'",
+        ),
+        (["/x/bin/pytest", "bench/", "--bench-results", "/y"], "pytest bench/"),
+    ],
+)
+def test_the_command_can_be_repeated_elsewhere(argv, typed):
+    assert rows.command(argv) == typed
 
 
 def test_environment_names_the_revision(monkeypatch):
