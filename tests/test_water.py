@@ -143,7 +143,10 @@ def test_parts_of_a_run_are_merged():
     temperatures = [rng.normal(300, 10, 400), rng.normal(310, 10, 400)]
     parts = [
         {
+            "device": f"card {drift:g}",
+            "ms_per_step": 30.0,
             "picoseconds": 10.0,
+            "potential_mean_eV": drift,
             "temperature_mean_K": t.mean(),
             "temperature_std_K": t.std(),
             "potential_drift_meV_per_atom_per_ps": drift,
@@ -155,6 +158,10 @@ def test_parts_of_a_run_are_merged():
     ]
     whole = card.merge(parts)
     assert whole["picoseconds"] == 20.0
+    assert whole["device"] == "10 ps on card 0, 10 ps on card 1"
+    assert whole["potential_mean_eV"] == 0.5
+    assert "ms_per_step" not in whole
+    assert card.merge(parts[:1])["device"] == "card 0"
     assert whole["temperature_mean_K"] == pytest.approx(np.concatenate(temperatures).mean())
     assert whole["temperature_std_K"] == pytest.approx(np.concatenate(temperatures).std())
     assert whole["potential_drift_meV_per_atom_per_ps"] == 0.5

@@ -154,11 +154,19 @@ def merge(summaries: list[dict]) -> dict | None:
     mean = np.array([part["temperature_mean_K"] for part in summaries])
     square = np.array([part["temperature_std_K"] for part in summaries]) ** 2 + mean**2
     drift = np.array([part["potential_drift_meV_per_atom_per_ps"] for part in summaries])
+    energy = np.array([part["potential_mean_eV"] for part in summaries])
     whole = float(np.average(mean, weights=length))
-    return summaries[0] | {
+    spent = {part["device"]: 0.0 for part in summaries}
+    for part in summaries:
+        spent[part["device"]] += part["picoseconds"]
+    devices = list(spent) if len(spent) == 1 else [f"{ps:.3g} ps on {device}" for device, ps in spent.items()]
+    first = {key: value for key, value in summaries[0].items() if key not in ("ms_per_step", "ns_per_day")}
+    return first | {
+        "device": ", ".join(devices),
         "picoseconds": float(length.sum()),
         "temperature_mean_K": whole,
         "temperature_std_K": float(np.sqrt(np.average(square, weights=length) - whole**2)),
+        "potential_mean_eV": float(np.average(energy, weights=length)),
         "potential_drift_meV_per_atom_per_ps": float(np.average(drift, weights=length)),
         "largest_force_eV_per_angstrom": max(part["largest_force_eV_per_angstrom"] for part in summaries),
         "longest_OH_bond_angstrom": max(part["longest_OH_bond_angstrom"] for part in summaries),
