@@ -258,7 +258,7 @@ def _linear_reference(case: LinearCase, precision: str, device: torch.device) ->
 
 @dataclass(frozen=True)
 class ContractionCase:
-    """The symmetric contraction behind layer 1 of a MACE-MP model, correlation 3. A baseline: we have no kernel yet."""
+    """The symmetric contraction behind layer 1 of a MACE-MP model, correlation 3; the gradient is that of x."""
 
     name: str
     atoms: int

@@ -214,7 +214,7 @@ def contraction_e3nn(irreps_in: str, irreps_out: str, n_elements: int, precision
         module = SymmetricContraction(
             o3.Irreps(irreps_in), o3.Irreps(irreps_out), correlation=3, num_elements=n_elements, use_reduced_cg=True
         )
-    return Block(module.to(device=device, dtype=model_dtype(precision)))
+    return Block(module.to(device=device, dtype=model_dtype(precision)).requires_grad_(False))
 
 
 def contraction_cueq(irreps_in: str, irreps_out: str, n_elements: int, precision: str, device: torch.device) -> Block:
@@ -237,6 +237,7 @@ def contraction_cueq(irreps_in: str, irreps_out: str, n_elements: int, precision
             dtype=dtype,
             math_dtype=dtype,
         ).to(device)
+    module.requires_grad_(False)
     plain = contraction_e3nn(irreps_in, irreps_out, n_elements, precision, device).call
     weights = {f"products.0.symmetric_contractions.{name}": value for name, value in plain.state_dict().items()}
     moved: dict[str, Tensor] = {}
@@ -250,6 +251,18 @@ def contraction_cueq(irreps_in: str, irreps_out: str, n_elements: int, precision
         return module(x.flatten(1), one_hot.argmax(dim=-1).int())
 
     return Block(call, "ir_mul", "ir_mul")
+
+
+def contraction_mace_triton(
+    irreps_in: str, irreps_out: str, n_elements: int, precision: str, device: torch.device
+) -> Block:
+    """Our SymmetricContraction around `contraction_e3nn`. Weights are combined once, nodes sorted by species once a
+    structure: neither is part of the time."""
+    from mace_triton.nn.symmetric_contraction import SymmetricContraction
+
+    need_precision("mace_triton", precision, ("fp64", "fp32"))
+    module = SymmetricContraction(contraction_e3nn(irreps_in, irreps_out, n_elements, precision, device).call, "ir_mul")
+    return Block(lambda x, one_hot: module(x.transpose(1, 2), one_hot), "ir_mul", "ir_mul")
 
 
 def model_e3nn(model: torch.nn.Module, precision: str, device: torch.device, variant: str = "") -> torch.nn.Module:
@@ -295,7 +308,11 @@ def model_mace_triton(
 BUILDERS: dict[str, dict[str, Callable]] = {
     "conv_tp": {"e3nn": conv_e3nn, "cueq": conv_cueq, "oeq": conv_oeq, "mace_triton": conv_mace_triton},
     "linear": {"e3nn": linear_e3nn, "cueq": linear_cueq, "mace_triton": linear_mace_triton},
-    "symmetric_contraction": {"e3nn": contraction_e3nn, "cueq": contraction_cueq},
+    "symmetric_contraction": {
+        "e3nn": contraction_e3nn,
+        "cueq": contraction_cueq,
+        "mace_triton": contraction_mace_triton,
+    },
     "model": {"e3nn": model_e3nn, "cueq": model_cueq, "oeq": model_oeq, "mace_triton": model_mace_triton},
 }
 

@@ -1,4 +1,4 @@
-"""The symmetric contraction, e3nn against cuEquivariance: the baseline for a kernel that is not there yet."""
+"""The symmetric contraction behind layer 1 of MACE-MP models, correlation 3: forward, and the gradient of x."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def specs(size: str) -> list[measure.Spec]:
     else:
         atoms = {"quick": (1536,), "full": (192, 1536, 5184)}[size]
         cases, precisions = [ContractionCase(name, n) for name in ("medium", "large") for n in atoms], ("fp32",)
-    return measure.specs(cases, [("e3nn", precisions), ("cueq", precisions)], DIRECTIONS)
+    return measure.specs(cases, [(name, precisions) for name in ("e3nn", "cueq", "mace_triton")], DIRECTIONS)
 
 
 def test_symmetric_contraction(spec, bench_row):

@@ -32,6 +32,7 @@ import triton.language as tl
 
 from . import channelwise_tp_source as source
 from . import tiles
+from .generated import kernel_of
 
 _ACC = {torch.float64: (torch.float64, tl.float64)}
 _TAG = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -77,8 +78,7 @@ def _blocks(problem, part: tuple[int, ...], block_c: int) -> int:
 
 
 def _jit(text: str):
-    module = source.compile_source(text)
-    return next(value for name, value in vars(module).items() if name.endswith("_kernel"))
+    return kernel_of("channelwise_tp", text)
 
 
 @cache

@@ -202,7 +202,7 @@ SECTIONS = (
     ("conv_tp", "The channel-wise tensor product with its gather and scatter (`conv_tp`)"),
     ("linear_up", "Linear, hidden to hidden (`linear_up`)"),
     ("linear", "Linear behind `conv_tp`"),
-    ("symmetric_contraction", "Symmetric contraction: a baseline, we have no kernel for it yet"),
+    ("symmetric_contraction", "Symmetric contraction"),
     ("model", "Whole models"),
 )
 

@@ -32,7 +32,7 @@ app = typer.Typer(
 )
 console = Console(width=None if sys.stdout.isatty() else 120)
 
-OPS = ("channelwise_tp", "linear")
+OPS = ("channelwise_tp", "linear", "symmetric_contraction")
 ARCHS = ("sm_80", "sm_90", "gfx942")
 SHAPES = ("small", "medium", "large")
 DTYPES = ("fp64", "fp32", "bf16")
@@ -72,7 +72,7 @@ def need_gpu(command: str) -> None:
 
 @app.command("compile")
 def compile_command(
-    op: Annotated[str, typer.Argument(help="channelwise_tp, linear or all.")] = "all",
+    op: Annotated[str, typer.Argument(help="channelwise_tp, linear, symmetric_contraction or all.")] = "all",
     arch: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, gfx942; may be repeated.")] = None,
     shape: Shape = "large",
     dtype: Annotated[list[str] | None, typer.Option(help="Only these; may be repeated.")] = None,
@@ -108,6 +108,14 @@ def cases_of(op: str, target: str, shape: str, dtypes: tuple[str, ...]) -> list:
         from .kernels import channelwise_tp
 
         return channelwise_tp.offline_cases(tp_problem(shape, 128), target, dtypes)
+    if op == "symmetric_contraction":
+        from .dev_cases import contraction_problem
+        from .kernels import symmetric_contraction
+
+        if target.startswith("gfx") and shape != "small":
+            return []  # it would take the compiler many minutes, see docs/symmetric_contraction.md
+        kept = tuple(name for name in dtypes if name != "bf16")  # 16-bit features run the FP32 kernels
+        return symmetric_contraction.offline_cases(contraction_problem(shape, 128), target, kept)
     from .kernels import linear
 
     modes = {mode for name in dtypes for mode in MODES[name]}
@@ -148,7 +156,7 @@ def sized(op: str, shape: str, dtype: str):
 
 @app.command()
 def parity(
-    op: Annotated[str, typer.Argument(help="channelwise_tp or linear.")],
+    op: Annotated[str, typer.Argument(help="channelwise_tp, linear or symmetric_contraction.")],
     shape: Shape = "large",
     dtype: Dtype = "fp32",
 ) -> None:
@@ -182,7 +190,7 @@ def in_interpreter(*arguments: str) -> int:
 
 @app.command("time")
 def time_command(
-    op: Annotated[str, typer.Argument(help="channelwise_tp or linear.")],
+    op: Annotated[str, typer.Argument(help="channelwise_tp, linear or symmetric_contraction.")],
     shape: Shape = "large",
     dtype: Dtype = "fp32",
     nodes: Annotated[int, typer.Option(min=1, help="Atoms; the tensor product has 84 neighbours each.")] = 1536,
@@ -288,6 +296,9 @@ CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {
         "num_stages": (1, 2, 3),
         "LANES": (4, 8, 32),
     },
+    "symmetric_contraction_fwd": {"BLOCK_C": (32, 64)},
+    "symmetric_contraction_bwd": {"BLOCK_C": (32, 64)},
+    "symmetric_contraction_coef": {"BLOCK_C": (32, 64), "TERMS": (48, 96, 144)},
     "linear_wgrad": {
         "BLOCK_R": (16, 32, 64),
         "BLOCK_U": (32, 64, 128),

@@ -12,14 +12,17 @@ from typing import ClassVar
 
 import torch
 
-from . import reference, reference_linear
+from . import reference, reference_linear, reference_symmetric_contraction
 from .linear_problem import LinearProblem
 from .ops import dispatch
 from .ops.channelwise_tp import channelwise_tp
 from .ops.graph import graph_plan
 from .ops.linear import linear, lowp_weight
+from .ops.species import plan_of
+from .ops.symmetric_contraction import STORAGE, symmetric_contraction
 from .precision import TORCH_DTYPES
 from .problem import ChannelwiseTPProblem
+from .symmetric_contraction_problem import PACK, SymmetricContractionProblem
 
 HIDDEN = {"small": "{c}x0e", "medium": "{c}x0e+{c}x1o", "large": "{c}x0e+{c}x1o+{c}x2e"}
 TARGET = "{c}x0e+{c}x1o+{c}x2e+{c}x3o"
@@ -35,6 +38,16 @@ def tp_problem(shape: str, channels: int) -> ChannelwiseTPProblem:
     """conv_tp of a MACE-MP model's second layer, in the layout that accelerated models use."""
     irreps = (text.format(c=channels) for text in (HIDDEN[shape], "1x0e+1x1o+1x2e+1x3o", TARGET))
     return ChannelwiseTPProblem.from_mace(*irreps, layout_in="ir_mul", layout_out="ir_mul")
+
+
+def contraction_problem(shape: str, channels: int) -> SymmetricContractionProblem:
+    """The symmetric contraction behind a MACE-MP model's first layer, correlation 3."""
+    from mace.modules.symmetric_contraction import SymmetricContraction
+
+    from .nn.symmetric_contraction import problem_of
+
+    irreps = (text.format(c=channels) for text in (TARGET, HIDDEN[shape]))
+    return problem_of(SymmetricContraction(*irreps, 3, num_elements=1))[0]
 
 
 class ChannelwiseTP:
@@ -135,7 +148,53 @@ class Linear:
         }
 
 
-CASES = {"channelwise_tp": ChannelwiseTP, "linear": Linear}
+class SymmetricContraction:
+    """Random inputs of the symmetric contraction, two species, hydrogen twice as often; `degree` plays no role."""
+
+    TABLES = ("symmetric_contraction_fwd", "symmetric_contraction_bwd", "symmetric_contraction_coef")
+    STAGE_OF: ClassVar[dict[str, str]] = {
+        "symmetric_contraction_fwd": "forward",
+        "symmetric_contraction_bwd": "gradient of x",
+        "symmetric_contraction_coef": "gradient of coefficients",
+    }
+
+    def __init__(self, shape: str, dtype: str, nodes: int, degree: int, channels: int, device: str, seed: int = 0):
+        self.problem, self.generator = contraction_problem(shape, channels), torch.Generator(device).manual_seed(seed)
+        p, store = self.problem, TORCH_DTYPES[dtype]
+        self.plan = plan_of(torch.arange(nodes, device=device) % 3 // 2, 2)
+        self.inputs = {
+            "x": randn((nodes, p.dim_in, channels), store, self.generator),
+            "c": randn((2, p.rows, channels, PACK), STORAGE[store], self.generator),
+        }
+        self.inputs["c"].transpose(2, 3).flatten(1, 2)[:, len(p.terms) :] = 0
+        self.nodes, self.operand_error = nodes, 0.0
+        work, flops = p.min_bytes(nodes, 2, store.itemsize), p.flops(nodes)
+        self.bytes, self.flops = {"forward": work["forward"]}, {"forward": flops["forward"]}
+
+    def op(self, x, c) -> torch.Tensor:
+        return symmetric_contraction(self.problem, x, c, self.plan)
+
+    def formula(self, x, c) -> torch.Tensor:
+        return reference_symmetric_contraction.symmetric_contraction_fwd(self.problem, x, c, self.plan.species)
+
+    def lengths(self) -> dict[str, int]:
+        """How many products are summed into one element, at most, by the letter of the result."""
+        terms = len(self.problem.terms)
+        return {"out": terms, "x": terms, "c": self.nodes}
+
+    def stages(self) -> dict[str, Callable[[], object]]:
+        """What is timed, by name."""
+        ops, (x, c) = torch.ops.mace_triton, self.inputs.values()
+        g = randn((self.nodes, self.problem.dim_out, self.problem.channels), x.dtype, self.generator)
+        rest = (*self.plan, self.problem.key)
+        return {
+            "forward": lambda: ops.symmetric_contraction(x, c, *rest),
+            "gradient of x": lambda: ops.symmetric_contraction_bwd(g, x, c, *rest, True, False),
+            "gradient of coefficients": lambda: ops.symmetric_contraction_bwd(g, x, c, *rest, False, True),
+        }
+
+
+CASES = {"channelwise_tp": ChannelwiseTP, "linear": Linear, "symmetric_contraction": SymmetricContraction}
 
 
 SAFETY = 8.0

@@ -63,7 +63,7 @@ class ConvTP(o3.TensorProduct):
         if storage not in STORAGE:
             raise ValueError(f"storage must be one of {STORAGE}, got {storage!r}")
         problem = problem_of(tp, layout_in, layout_out)
-        _take_state(self, tp)
+        take_state(self, tp)
         self.problem = problem
         self.storage = storage
         self.deterministic = deterministic
@@ -94,13 +94,14 @@ class ConvTP(o3.TensorProduct):
         """The plain e3nn module with the same tensors; it expects and gives mul_ir."""
         tp = o3.TensorProduct.__new__(o3.TensorProduct)
         torch.nn.Module.__init__(tp)
-        _take_state(tp, self)
+        take_state(tp, self)
         for name in ("problem", "storage", "deterministic"):
             del tp.__dict__[name]
         return tp
 
 
-def _take_state(target: torch.nn.Module, source: torch.nn.Module) -> None:
+def take_state(target: torch.nn.Module, source: torch.nn.Module) -> None:
+    """Give `target` the attributes, parameters, buffers and children of `source`."""
     # e3nn's compiled code carries the Clebsch-Gordan buffers that are part of the state dict, so all of it moves along.
     for name, value in source.__dict__.items():
         target.__dict__[name] = value.copy() if name in ("_modules", "_parameters", "_buffers") else value

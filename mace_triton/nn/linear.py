@@ -8,26 +8,7 @@ from e3nn import o3
 from ..linear_problem import LinearProblem
 from ..ops.linear import linear, lowp_weight
 from ..precision import LINEAR_MODES
-
-
-class _WeightCopy:
-    """The 16-bit copy of one parameter, made anew when the parameter changed. Copies and pickles start empty."""
-
-    def __init__(self) -> None:
-        self.version: tuple | None = None
-        self.copy: torch.Tensor | None = None
-
-    def get(self, weight: torch.Tensor, mode: str) -> torch.Tensor:
-        version = (weight._version, weight.data_ptr(), weight.device, mode)
-        if version != self.version:
-            self.version, self.copy = version, lowp_weight(weight.detach(), mode)
-        return self.copy
-
-    def __deepcopy__(self, memo: dict) -> _WeightCopy:
-        return _WeightCopy()
-
-    def __reduce__(self) -> tuple:
-        return _WeightCopy, ()
+from .derived import Derived
 
 
 class IrrepsLinear(torch.nn.Module):
@@ -53,7 +34,7 @@ class IrrepsLinear(torch.nn.Module):
             register = self.register_parameter if size else self.register_buffer
             register(name, getattr(module, name))
         self.register_buffer("output_mask", module.output_mask)
-        self._weight_copy = _WeightCopy()
+        self._weight_copy = Derived()
         self.train(module.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -61,7 +42,7 @@ class IrrepsLinear(torch.nn.Module):
         mode = self.run_mode
         lowp = None
         if mode in ("bf16", "fp16") and not torch.compiler.is_compiling():
-            lowp = self._weight_copy.get(self.weight, mode)
+            lowp = self._weight_copy.get((self.weight,), lambda: lowp_weight(self.weight, mode), mode)
         out = linear(
             self.problem,
             x.reshape(-1, x.shape[-1]),
