@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BASE = ("problem", "linear_problem", "layout", "precision", "reference", "reference_linear")
+BASE = (
+    "problem",
+    "linear_problem",
+    "symmetric_contraction_problem",
+    "layout",
+    "precision",
+    "reference",
+    "reference_linear",
+    "reference_symmetric_contraction",
+)
 LEVELS = dict.fromkeys((*BASE, "kernels"), 0) | {"ops": 1, "nn": 2, "convert": 3}
 LEVELS |= dict.fromkeys(("models", "certify", "calculator"), 4)
 TOP = 5  # demo, cli, dev, bench_report, ...: nothing below may import them
