@@ -1,6 +1,7 @@
 """The symmetric contraction: formula, kernels, custom ops and module against MACE's own and against FP64.
 
-A sum of n products in a dtype with unit roundoff u is off by about u sqrt(n) of its size; comparisons are of norms.
+A sum of n products in a dtype with unit roundoff u is off by about u sqrt(n) of the sum of their absolute values; that
+sum is the same formula on the absolute values of all operands. Comparisons are of norms.
 """
 
 from __future__ import annotations
@@ -79,10 +80,21 @@ def plan(species: list[int], count: int, device) -> object:
     return plan_of(torch.tensor(species, dtype=torch.long, device=device), count)
 
 
-def assert_close(actual: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, length: int) -> None:
+def assert_close(actual: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor, length: int) -> None:
     assert torch.isfinite(actual).all()
-    error, size = (actual.double() - exact).norm(), exact.norm()
-    assert error <= 8 * torch.finfo(dtype).eps * math.sqrt(max(length, 1)) * size + 1e-300
+    assert actual.shape == exact.shape
+    error, unit = (actual.double() - exact).norm(), torch.finfo(actual.dtype).eps
+    assert error <= 8 * unit * math.sqrt(max(length, 1)) * magnitude.norm()
+
+
+def wanted(problem, data: dict[str, torch.Tensor], species: torch.Tensor, with_q: bool = True) -> list[torch.Tensor]:
+    """By the formulas, in the operands' dtype: out; gx, gcoef; dg, dx, dcoef."""
+    x, coef, g, a, q = (data[key] for key in ("x", "coef", "g", "a", "q"))
+    return [
+        reference.symmetric_contraction_fwd(problem, x, coef, species),
+        *reference.symmetric_contraction_bwd(problem, g, x, coef, species),
+        *reference.symmetric_contraction_bwd_bwd(problem, g, x, coef, a, q if with_q else None, species),
+    ]
 
 
 SPECIES = {
@@ -108,18 +120,12 @@ def test_kernels_match_fp64(name, dtype, device):
     second = torch.autograd.grad((gx, gcoef), (g, x, coef), (data["a"], data["q"]))
     called = {op for op, which in dispatch.calls if which == "triton"}
     assert called == {f"symmetric_contraction_{word}" for word in ("fwd", "bwd", "bwd_bwd")}
-    arguments = (exact["x"], exact["coef"])
-    wanted = [
-        reference.symmetric_contraction_fwd(problem, *arguments, graph.species),
-        *reference.symmetric_contraction_bwd(problem, exact["g"], *arguments, graph.species),
-        *reference.symmetric_contraction_bwd_bwd(
-            problem, exact["g"], *arguments, exact["a"], exact["q"], graph.species
-        ),
-    ]
     terms, widest = len(problem.terms), max(species.count(z) for z in range(count))
-    for got, want, n in zip((out, gx, gcoef, *second), wanted, (terms, terms, widest, *(3 * terms,) * 3), strict=True):
-        assert got.shape == want.shape
-        assert_close(got.detach(), want, got.dtype, n)
+    results = (t.detach() for t in (out, gx, gcoef, *second))
+    sizes = wanted(problem, {key: tensor.abs() for key, tensor in exact.items()}, graph.species)
+    lengths = (terms, terms, widest, *(3 * terms,) * 3)
+    for got, want, size, n in zip(results, wanted(problem, exact, graph.species), sizes, lengths, strict=True):
+        assert_close(got, want, size, n)
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -142,18 +148,21 @@ def test_any_polynomial(channels, dim_in, dim_out, degree, terms, nodes, budget,
     for number, (m, monomial) in enumerate(problem.terms):
         product = torch.stack([x[:, i] for i in monomial]).prod(dim=0)
         direct[:, m] += coef[species, number // PACK, :, number % PACK] * product
-    assert_close(kernels.forward(problem, x, coef, graph), direct, torch.float64, terms)
-    want = reference.symmetric_contraction_bwd(problem, g, x, coef, graph.species)
-    assert_close(kernels.grad_x(problem, g, x, coef, graph), want[0], torch.float64, terms)
+    exact = wanted(problem, data, graph.species, with_q=False)
+    sizes = wanted(problem, {key: tensor.abs() for key, tensor in data.items()}, graph.species, with_q=False)
+    assert_close(exact[0], direct, sizes[0], terms)
     tile = tiles.Tile.of(num_warps=1, BLOCK_C=32, TERMS=budget)
     with tiles.forced("symmetric_contraction_coef", tile):
-        got = kernels.grad_coef(problem, g, x, graph, torch.float64)
-        change = kernels.grad_coef(problem, g, x, graph, torch.float64, a)
-    assert_close(got, want[1], torch.float64, nodes)
-    second = reference.symmetric_contraction_bwd_bwd(problem, g, x, coef, a, None, graph.species)
-    assert_close(change, second[2], torch.float64, terms)
-    assert_close(kernels.forward(problem, x, coef, graph, a), second[0], torch.float64, terms)
-    assert_close(kernels.grad_x(problem, g, x, coef, graph, a), second[1], torch.float64, terms)
+        results = [
+            kernels.forward(problem, x, coef, graph),
+            kernels.grad_x(problem, g, x, coef, graph),
+            kernels.grad_coef(problem, g, x, graph, torch.float64),
+            kernels.forward(problem, x, coef, graph, a),
+            kernels.grad_x(problem, g, x, coef, graph, a),
+            kernels.grad_coef(problem, g, x, graph, torch.float64, a),
+        ]
+    for got, want, size in zip(results, exact, sizes, strict=True):
+        assert_close(got, want, size, terms * degree + nodes)
 
 
 def test_every_part_holds_whole_groups_within_its_budget():
