@@ -35,7 +35,6 @@ from . import tiles
 from .generated import kernel_of
 
 _ACC = {torch.float64: (torch.float64, tl.float64)}
-_TAG = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def _accumulate(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
@@ -93,7 +92,7 @@ def _pairs(problem) -> int:
 def _tile(op: str, problem, x: torch.Tensor, w: torch.Tensor, nodes: int) -> tiles.Tile:
     # Few nodes are split over more programs to fill a GPU; the interpreter runs one program after another.
     nodes = nodes if x.is_cuda else 1 << 30
-    return tiles.choose(op, dtype=_TAG[x.dtype], storage=_TAG[w.dtype], pairs=_pairs(problem), nodes=nodes)
+    return tiles.choose(op, dtype=tiles.TAGS[x.dtype], storage=tiles.TAGS[w.dtype], pairs=_pairs(problem), nodes=nodes)
 
 
 def _ahead(tile: tiles.Tile, x: torch.Tensor) -> int:

@@ -30,8 +30,6 @@ from . import tiles
 from .channelwise_tp import segment_sum
 from .generated import kernel_of
 
-_TAG = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
 
 @cache
 def _kernel(write, problem, *how):
@@ -62,7 +60,7 @@ def _run_map(problem, op: str, write, inputs: tuple[torch.Tensor, ...], x, coef,
     out = torch.empty((x.shape[0], dim, problem.channels), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    tile = tiles.choose(op, dtype=_TAG[x.dtype], terms=len(problem.terms), nodes=x.shape[0])
+    tile = tiles.choose(op, dtype=tiles.TAGS[x.dtype], terms=len(problem.terms), nodes=x.shape[0])
     ptx = x.is_cuda and torch.version.hip is None
     kernel = _kernel(write, problem, ptx, a is not None, q is not None)
     tangents = [t for t in (a, q) if t is not None]
@@ -99,7 +97,7 @@ def grad_coef(problem, g: torch.Tensor, x: torch.Tensor, plan, dtype: torch.dtyp
     nodes, species, width = x.shape[0], plan.ptr.shape[0] - 1, problem.rows * source.PACK
     if nodes == 0 or not problem.terms:
         return torch.zeros((species, problem.rows, problem.channels, source.PACK), dtype=dtype, device=x.device)
-    tile = tiles.choose("symmetric_contraction_coef", dtype=_TAG[x.dtype], terms=len(problem.terms), nodes=nodes)
+    tile = tiles.choose("symmetric_contraction_coef", dtype=tiles.TAGS[x.dtype], terms=len(problem.terms), nodes=nodes)
     bounds, first = _tile_bounds(plan, nodes)
     count = bounds.shape[0] - 1
     partial = torch.empty((count, width * problem.channels), dtype=dtype, device=x.device)

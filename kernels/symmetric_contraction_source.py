@@ -11,6 +11,8 @@ by inline assembly, four terms at once (`ptx`, NVIDIA). Elsewhere each is a load
 
 from __future__ import annotations
 
+import triton
+
 HELPERS = '''\
 @triton.jit
 def component(bits, place, I: tl.constexpr, DTYPE: tl.constexpr):
@@ -93,7 +95,7 @@ class Writer:
         variables = [(name, pointer)]
         if self.tangent and name not in self.constant:
             variables.append((f"d_{name}", f"{pointer.removesuffix('_ptr')}_tangent_ptr"))
-        width = _power_of_two(dim)
+        width = triton.next_power_of_2(dim)
         for variable, ptr in variables:
             mask = f"inside & (row{width} < {dim})" if width != dim else f"inside & (row{width} >= 0)"
             self.emit(f"tile = tl.load({ptr} + node * {dim} * C + row{width} * C + lane, mask={mask}, other=0.0)")
@@ -103,7 +105,7 @@ class Writer:
 
     def store(self, name: str, pointer: str, dim: int) -> None:
         """The variables name0, name1, ... as the components of one node; zero where a variable never appeared."""
-        prefix, width = "d_" if self.tangent else "", _power_of_two(dim)
+        prefix, width = "d_" if self.tangent else "", triton.next_power_of_2(dim)
         self.emit(f"tile = tl.zeros(({width}, BLOCK_C), ACC)")
         for i in range(dim):
             if f"{prefix}{name}{i}" in self.started:
@@ -114,12 +116,8 @@ class Writer:
         )
 
     def rows(self, *dims: int) -> None:
-        for width in sorted({_power_of_two(dim) for dim in dims}):
+        for width in sorted({triton.next_power_of_2(dim) for dim in dims}):
             self.emit(f"row{width} = tl.arange(0, {width})[:, None]")
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
 
 
 def _kernel(name: str, out: Writer, pointers: list[str]) -> str:

@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 
 TABLE = Path(__file__).with_name("tiles.json")
+TAGS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""dtype -> its name in the rules."""
 
 
 @dataclass(frozen=True)

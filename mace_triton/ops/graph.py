@@ -60,7 +60,8 @@ def _check_range(edge_index: torch.Tensor, n_in: int, n_out: int) -> None:
             )
 
 
-def _rows(index: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+def compressed_rows(index: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ptr [n + 1], perm) int32: the places where `index` is i are perm[ptr[i]] .. perm[ptr[i + 1] - 1], in order."""
     ordered, perm = torch.sort(index, stable=True)
     ptr = torch.searchsorted(ordered, torch.arange(n + 1, device=index.device, dtype=index.dtype))
     return ptr.to(torch.int32), perm.to(torch.int32)
@@ -69,10 +70,10 @@ def _rows(index: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.library.custom_op("mace_triton::graph_plan", mutates_args=())
 def _graph_plan(edge_index: torch.Tensor, n_in: int, n_out: int, by_sender: bool) -> list[torch.Tensor]:
     _check_range(edge_index, n_in, n_out)
-    receiver_ptr, perm = _rows(edge_index[1], n_out)
+    receiver_ptr, perm = compressed_rows(edge_index[1], n_out)
     sender = edge_index[0].index_select(0, perm).to(torch.int32)
     if by_sender:
-        sender_ptr, sender_perm = _rows(edge_index[0], n_in)
+        sender_ptr, sender_perm = compressed_rows(edge_index[0], n_in)
     else:
         sender_ptr, sender_perm = perm.new_empty(0), perm.new_empty(0)
     return [receiver_ptr, perm, sender, sender_ptr, sender_perm]

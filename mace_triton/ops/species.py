@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from .graph import compressed_rows
+
 
 class SpeciesPlan(NamedTuple):
     """species [N] int32; perm [N] int32, the nodes in the order of their species; ptr [Z + 1] int32: those of species
@@ -23,9 +25,8 @@ class SpeciesPlan(NamedTuple):
 
 @torch.library.custom_op("mace_triton::species_plan", mutates_args=())
 def _sorted(species: torch.Tensor, count: int) -> list[torch.Tensor]:
-    ordered, perm = torch.sort(species, stable=True)
-    ptr = torch.searchsorted(ordered, torch.arange(count + 1, device=species.device, dtype=species.dtype))
-    return [species.to(torch.int32), perm.to(torch.int32), ptr.to(torch.int32)]
+    ptr, perm = compressed_rows(species, count)
+    return [species.to(torch.int32), perm, ptr]
 
 
 @_sorted.register_fake
