@@ -12,25 +12,32 @@ import torch
 from e3nn import nn, o3
 from mace.calculators import foundations_models as foundations
 from mace.modules import blocks, models
+from mace.modules.irreps_tools import reshape_irreps
 from mace.modules.radial import RadialMLP
-from mace.modules.symmetric_contraction import SymmetricContraction
+from mace.modules.symmetric_contraction import SymmetricContraction as PlainContraction
 
 from .linear_problem import LinearProblem
 from .nn.conv import ConvTP, problem_of
 from .nn.linear import IrrepsLinear
+from .nn.symmetric_contraction import ReshapeIrreps, SymmetricContraction
+from .nn.symmetric_contraction import problem_of as contraction_problem_of
 from .ops import dispatch
 from .precision import PRESETS, Precision
 
-_OURS = (IrrepsLinear, ConvTP)
+_OURS = (IrrepsLinear, ConvTP, SymmetricContraction, ReshapeIrreps)
 MODELS = (models.MACE, models.AtomicDipolesMACE, models.AtomicDielectricMACE, models.EnergyDipolesMACE)
 
 
 @dataclass(frozen=True)
 class Inner:
-    """Which linears of an interaction block read conv_tp's message, and which read linear_up's features beside it."""
+    """Which linears of an interaction block read conv_tp's message, and which read linear_up's features beside it.
+
+    last: the linear whose result goes straight to `reshape`, "" where something else stands between.
+    """
 
     behind: str = "linear"
     beside: tuple[str, ...] = ()
+    last: str = "linear"
 
     @property
     def layouts(self) -> dict[str, tuple[str, str]]:
@@ -40,12 +47,12 @@ class Inner:
 
 
 BLOCKS: dict[type, Inner] = {
-    blocks.RealAgnosticInteractionBlock: Inner(),
+    blocks.RealAgnosticInteractionBlock: Inner(last=""),
     blocks.RealAgnosticResidualInteractionBlock: Inner(),
-    blocks.RealAgnosticDensityInteractionBlock: Inner(),
+    blocks.RealAgnosticDensityInteractionBlock: Inner(last=""),
     blocks.RealAgnosticDensityResidualInteractionBlock: Inner(),
     blocks.RealAgnosticAttResidualInteractionBlock: Inner(),
-    blocks.RealAgnosticResidualNonLinearInteractionBlock: Inner("linear_1", ("linear_res",)),
+    blocks.RealAgnosticResidualNonLinearInteractionBlock: Inner("linear_1", ("linear_res",), "linear_2"),
 }
 
 # Embeddings and readouts cost nothing beside the rest and their rounding goes straight into the energy (or into every
@@ -118,7 +125,9 @@ def accelerate(
         if reason:
             conversion.kept[name] = reason
         else:
-            _swap(fast, name, _replacement(name, child, conversion, layouts))
+            _swap(fast, name, _replacement(name, parent, child, conversion, layouts))
+    for name in [name for name in layouts if name.endswith(".reshape")]:
+        _swap(fast, name, ReshapeIrreps(fast.get_submodule(name)))
     if strict and conversion.kept:
         lines = "\n".join(f"  {name}: {reason}" for name, reason in conversion.kept.items())
         raise ValueError(f"strict=True: these modules have a kernel but cannot use it\n{lines}")
@@ -242,7 +251,7 @@ def _candidates(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, 
     for prefix, parent in model.named_modules():
         for key, child in parent.named_children():
             is_conv = key == "conv_tp" and isinstance(child, o3.TensorProduct)
-            if type(child) is o3.Linear or is_conv:
+            if type(child) in (o3.Linear, PlainContraction) or is_conv:
                 yield f"{prefix}.{key}" if prefix else key, parent, child
 
 
@@ -262,17 +271,43 @@ def _refusal(parent: torch.nn.Module, child: torch.nn.Module) -> str:
 
 def _problem(module: torch.nn.Module) -> object:
     """The module's problem, whatever its layout; TypeError or ValueError where it has none."""
+    if isinstance(module, PlainContraction):
+        return contraction_problem_of(module)
     return problem_of(module) if isinstance(module, o3.TensorProduct) else LinearProblem.from_module(module)
 
 
 def _layouts(model: torch.nn.Module) -> dict[str, tuple[str, str]]:
-    """Full module name -> (layout read, layout written), of the interaction blocks that take ir_mul inside."""
+    """Full module name -> (layout read, layout written), of the blocks that take ir_mul inside."""
     layouts = {}
     for prefix, block in model.named_modules():
-        inner = BLOCKS.get(type(block))
+        inner, found = BLOCKS.get(type(block)), {}
         if inner and _takes_ir_mul(block, inner):
-            layouts.update({f"{prefix}.{key}": pair for key, pair in inner.layouts.items()})
+            found.update(inner.layouts)
+        if inner and _reshapes_ir_mul(block, inner):
+            found[inner.last] = (found.get(inner.last, ("mul_ir",))[0], "ir_mul")
+            found["reshape"] = ("ir_mul", "ir_mul")
+        if type(block) is blocks.EquivariantProductBasisBlock and _contracts_to_ir_mul(block):
+            found |= {"symmetric_contractions": ("ir_mul", "ir_mul"), "linear": ("ir_mul", "mul_ir")}
+        layouts.update({f"{prefix}.{key}": pair for key, pair in found.items()})
     return layouts
+
+
+def _reshapes_ir_mul(block: torch.nn.Module, inner: Inner) -> bool:
+    """Whether the block's last linear can hand its result to `reshape` with the channels side by side."""
+    last, reshape = getattr(block, inner.last, None), block.reshape
+    if type(last) is not o3.Linear or type(reshape) is not reshape_irreps or _refusal(block, last):
+        return False
+    return last.irreps_out == reshape.irreps and len({mul for mul, _ in reshape.irreps}) == 1
+
+
+def _contracts_to_ir_mul(block: torch.nn.Module) -> bool:
+    """Whether a product block's contraction and linear have kernels and agree on what they hand over."""
+    contraction, linear = block.symmetric_contractions, block.linear
+    if type(contraction) is not PlainContraction or type(linear) is not o3.Linear:
+        return False
+    if _refusal(block, contraction) or _refusal(block, linear):
+        return False
+    return linear.irreps_in == contraction.irreps_out
 
 
 def _takes_ir_mul(block: torch.nn.Module, inner: Inner) -> bool:
@@ -303,10 +338,16 @@ def _split_like(block: torch.nn.Module, key: str, irreps: o3.Irreps) -> None:
 
 
 def _replacement(
-    name: str, module: torch.nn.Module, conversion: Conversion, layouts: dict[str, tuple[str, str]]
+    name: str,
+    parent: torch.nn.Module,
+    module: torch.nn.Module,
+    conversion: Conversion,
+    layouts: dict[str, tuple[str, str]],
 ) -> torch.nn.Module:
     policy = conversion.precision
     layout_in, layout_out = layouts.get(name, ("mul_ir", "mul_ir"))
+    if isinstance(module, PlainContraction):
+        return SymmetricContraction(module, layout_out, agnostic=getattr(parent, "use_agnostic_product", False))
     if isinstance(module, o3.TensorProduct):
         return ConvTP(module, policy.tensor_product, layout_in, layout_out, conversion.deterministic)
     exact = any(part in EXACT for part in name.split("."))
@@ -326,11 +367,10 @@ def _swap(model: torch.nn.Module, name: str, new: torch.nn.Module) -> None:
         del parent.conv_fusion
 
 
-_SWAPPABLE = (o3.Linear, o3.TensorProduct)
+_SWAPPABLE = (o3.Linear, o3.TensorProduct, PlainContraction)
 _NO_KERNEL = (
     o3.FullyConnectedTensorProduct,
     o3.SphericalHarmonics,
-    SymmetricContraction,
     blocks.RadialEmbeddingBlock,
     nn.FullyConnectedNet,
     RadialMLP,
@@ -338,18 +378,25 @@ _NO_KERNEL = (
 
 
 def _is_block(module: torch.nn.Module) -> bool:
-    return isinstance(module, (*_OURS, *_SWAPPABLE, *_NO_KERNEL))
+    return isinstance(module, (*_OURS, *_SWAPPABLE, *_NO_KERNEL)) and not isinstance(module, ReshapeIrreps)
 
 
 def _row(name: str, module: torch.nn.Module, conversion: Conversion | None, dtype: str) -> Row:
     kind = type(module).__name__
-    if isinstance(module, _OURS):
-        linear = isinstance(module, IrrepsLinear)
-        kernel, precision = (
-            ("linear", module.run_mode) if linear else ("channelwise_tp", f"{module.run_storage} weights")
-        )
-        triton = dispatch.backend(module.output_mask) == "triton"
-        runs = f"kernels/{kernel}.py" if triton else f"{kernel}, reference formulas on the CPU"
-        return Row(name, kind, runs, precision, f"{module.problem.layout_in} -> {module.problem.layout_out}")
+    if isinstance(module, IrrepsLinear):
+        layout = f"{module.problem.layout_in} -> {module.problem.layout_out}"
+        return Row(name, kind, _runs("linear", module.output_mask), module.run_mode, layout)
+    if isinstance(module, ConvTP):
+        layout = f"{module.problem.layout_in} -> {module.problem.layout_out}"
+        runs = _runs("channelwise_tp", module.output_mask)
+        return Row(name, kind, runs, f"{module.run_storage} weights", layout)
+    if isinstance(module, SymmetricContraction):
+        runs = _runs("symmetric_contraction", module.table)
+        return Row(name, kind, runs, dtype, f"ir_mul -> {module.layout_out}")
     reason = "not accelerated" if conversion is None else conversion.kept.get(name, "no kernel yet")
     return Row(name, kind, f"MACE's own code: {reason}", dtype, "mul_ir")
+
+
+def _runs(kernel: str, tensor: torch.Tensor) -> str:
+    triton = dispatch.backend(tensor) == "triton"
+    return f"kernels/{kernel}.py" if triton else f"{kernel}, reference formulas on the CPU"

@@ -255,7 +255,7 @@ def test_report_lists_what_runs(device, reference_path):
     assert rows.keys() >= set(ours_in(fast))
     assert rows["interactions.1.linear_up"].layout == "mul_ir -> ir_mul"
     assert rows["interactions.1.linear_res"].layout == "ir_mul -> mul_ir"
-    assert rows["interactions.1.linear_2"].layout == "mul_ir -> mul_ir"
+    assert rows["interactions.1.linear_2"].layout == "mul_ir -> ir_mul"
     assert rows["interactions.1.conv_tp"].precision == "fp32 weights"
     assert rows["interactions.1.source_embedding"].precision == "tf32x3"
     where = "kernels/channelwise_tp.py" if device.type == "cuda" else "channelwise_tp, reference formulas on the CPU"
