@@ -59,6 +59,9 @@ BLOCKS: dict[type, Inner] = {
 # edge weight), so a low-precision policy leaves them as exact as its parameters.
 EXACT = ("node_embedding", "readouts", "embedding_readout", "source_embedding", "target_embedding")
 
+AMD_TERMS = 128
+"""Longer symmetric contractions stay MACE's on AMD GPUs: see "Compile time" in docs/symmetric_contraction.md."""
+
 
 @dataclass
 class Conversion:
@@ -102,7 +105,7 @@ def accelerate(
     deterministic: bool = False,
     strict: bool = False,
 ) -> torch.nn.Module:
-    """A copy of a MACE model whose tensor products and linears run on our kernels; `model` itself is untouched.
+    """A copy of a MACE model whose blocks run on our kernels where they have one; `model` itself is untouched.
 
     The copy has MACE's class, attributes, forward and state dict (same keys, shapes and values): it trains, pickles
     and goes into `MACECalculator(models=...)` as before. Energies in eV and forces in eV/angstrom, as the model's.
@@ -263,9 +266,11 @@ def _refusal(parent: torch.nn.Module, child: torch.nn.Module) -> str:
     if kind.__module__ != blocks.__name__:
         return f"{kind.__module__}.{kind.__name__} may use it in its own way"
     try:
-        _problem(child)
+        problem = _problem(child)
     except (TypeError, ValueError) as error:
         return str(error)
+    if torch.version.hip and isinstance(child, PlainContraction) and len(problem.terms) > AMD_TERMS:
+        return f"{len(problem.terms)} terms would compile for minutes on an AMD GPU"
     return ""
 
 

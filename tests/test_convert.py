@@ -258,9 +258,10 @@ def test_report_lists_what_runs(device, reference_path):
     assert rows["interactions.1.linear_2"].layout == "mul_ir -> ir_mul"
     assert rows["interactions.1.conv_tp"].precision == "fp32 weights"
     assert rows["interactions.1.source_embedding"].precision == "tf32x3"
-    where = "kernels/channelwise_tp.py" if device.type == "cuda" else "channelwise_tp, reference formulas on the CPU"
-    assert rows["interactions.1.conv_tp"].runs == where
-    assert rows["products.0.symmetric_contractions"].runs == "MACE's own code: no kernel yet"
+    where = "kernels/{}.py" if device.type == "cuda" else "{}, reference formulas on the CPU"
+    assert rows["interactions.1.conv_tp"].runs == where.format("channelwise_tp")
+    assert rows["products.0.symmetric_contractions"].runs == where.format("symmetric_contraction")
+    assert rows["interactions.1.conv_tp_weights"].runs == "MACE's own code: no kernel yet"
     table = str(mt.report(fast)).splitlines()
     assert table[0] == "ScaleShiftMACE: precision bf16, sums in any order"
     starts = {line.index(row.layout) for line, row in zip(table[2:], mt.report(fast).rows, strict=True)}

@@ -9,7 +9,7 @@ from mace.modules import symmetric_contraction as mace_contraction
 from mace.modules.irreps_tools import reshape_irreps
 
 from ..layout import convert_layout
-from ..ops.species import plan_of, species_plan
+from ..ops.species import one_species, species_plan
 from ..ops.symmetric_contraction import symmetric_contraction
 from ..problem import check_layout
 from ..symmetric_contraction_problem import PACK, SymmetricContractionProblem
@@ -56,7 +56,10 @@ def _degrees(contraction: torch.nn.Module) -> range:
 
 def parameters_of(module: mace_contraction.SymmetricContraction) -> list[torch.Tensor]:
     """The weights [species, paths, C] of every output and correlation, in MACE's order."""
-    return [w for c in module.contractions for w in (c.weights_max, *c.weights)]
+    found = []
+    for c in module.contractions:  # by number: torch.compile 2.11 cannot unpack a ParameterList
+        found += [c.weights_max] + [c.weights[i] for i in range(len(c.weights))]
+    return found
 
 
 def _merge(u: torch.Tensor, dim: int, degree: int):
@@ -93,10 +96,7 @@ class SymmetricContraction(mace_contraction.SymmetricContraction):
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """x [N, C, components], y [N, species] one-hot -> [N, irreps_out.dim] in layout_out."""
-        if self.agnostic:
-            plan = plan_of(torch.zeros(x.shape[0], dtype=torch.long, device=x.device), 1)
-        else:
-            plan = species_plan(y)
+        plan = one_species(x.shape[0], x.device) if self.agnostic else species_plan(y)
         if plan is None:
             return convert_layout(super().forward(x, y), self.irreps_out, "mul_ir", self.layout_out)
         out = symmetric_contraction(self.problem, x.transpose(1, 2), self.coefficients(), plan)

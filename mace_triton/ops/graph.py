@@ -62,9 +62,12 @@ def _check_range(edge_index: torch.Tensor, n_in: int, n_out: int) -> None:
 
 def compressed_rows(index: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(ptr [n + 1], perm) int32: the places where `index` is i are perm[ptr[i]] .. perm[ptr[i + 1] - 1], in order."""
-    ordered, perm = torch.sort(index, stable=True)
-    ptr = torch.searchsorted(ordered, torch.arange(n + 1, device=index.device, dtype=index.dtype))
-    return ptr.to(torch.int32), perm.to(torch.int32)
+    # A radix sort takes a pass for each byte of its keys.
+    narrow = next((t for t in (torch.uint8, torch.int16, torch.int32) if n <= torch.iinfo(t).max), torch.int64)
+    ordered, perm = torch.sort(index.to(narrow), stable=True)
+    numbers = torch.arange(n, device=index.device, dtype=narrow)
+    ends = torch.searchsorted(ordered, numbers, right=True, out_int32=True)
+    return torch.nn.functional.pad(ends, (1, 0)), perm.to(torch.int32)
 
 
 @torch.library.custom_op("mace_triton::graph_plan", mutates_args=())

@@ -40,6 +40,12 @@ def plan_of(species: torch.Tensor, count: int) -> SpeciesPlan:
     return SpeciesPlan(*_sorted(species, count))
 
 
+def one_species(nodes: int, device: torch.device) -> SpeciesPlan:
+    """The plan of nodes that are all alike."""
+    perm = torch.arange(nodes, dtype=torch.int32, device=device)
+    return SpeciesPlan(torch.zeros_like(perm), perm, torch.tensor([0, nodes], dtype=torch.int32, device=device))
+
+
 _last: tuple | None = None
 
 
