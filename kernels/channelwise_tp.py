@@ -33,6 +33,7 @@ import triton.language as tl
 from . import channelwise_tp_source as source
 from . import tiles
 from .generated import kernel_of
+from .segments import segment_sum
 
 _ACC = {torch.float64: (torch.float64, tl.float64)}
 
@@ -156,33 +157,6 @@ def _run_backward(problem, g: torch.Tensor, operands: tuple[torch.Tensor, ...], 
         gx = segment_sum(gx, plan.sender_ptr, plan.sender_perm)
     gy = gy.sum(1) if deterministic else gy[:, 0]
     return gx.to(x.dtype) if wrt_x else None, gy.to(y.dtype), gw
-
-
-@triton.jit
-def segment_sum_kernel(rows_ptr, ptr_ptr, perm_ptr, out_ptr, width, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """out[i] = sum of rows[perm[k]] for k in ptr[i] .. ptr[i + 1], in that order."""
-    blocks = tl.cdiv(width, BLOCK)
-    node = (tl.program_id(0) // blocks).to(tl.int64)
-    column = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    mask = column < width
-    begin = tl.load(ptr_ptr + node)
-    end = tl.load(ptr_ptr + node + 1)
-    total = tl.zeros([BLOCK], ACC)
-    for k in range(begin, end):
-        row = tl.load(perm_ptr + k).to(tl.int64)
-        total += tl.load(rows_ptr + row * width + column, mask=mask, other=0.0)
-    tl.store(out_ptr + node * width + column, total, mask=mask)
-
-
-def segment_sum(rows: torch.Tensor, ptr: torch.Tensor, perm: torch.Tensor) -> torch.Tensor:
-    """Sum rows [E, width] into [n, width] along the compressed rows (ptr [n + 1], perm [E]), same bits every run."""
-    n, width = ptr.shape[0] - 1, rows.shape[1]
-    out = torch.empty((n, width), dtype=rows.dtype, device=rows.device)
-    if n and width:
-        grid, acc = (n * triton.cdiv(width, 128),), _accumulate(rows.dtype)[1]
-        with torch.cuda.device_of(rows):
-            segment_sum_kernel[grid](rows, ptr, perm, out, width, ACC=acc, BLOCK=128, num_warps=1)
-    return out
 
 
 def forward(problem, x: torch.Tensor, y: torch.Tensor, w: torch.Tensor, plan) -> torch.Tensor:

@@ -101,13 +101,13 @@ def _load_weights(w_ptr, k, column, k_mul, mul, TRANSPOSED: tl.constexpr, EVEN: 
 
 
 @triton.jit
-def _row_places(row, width, mul, dim, LAYOUT: tl.constexpr):
+def _row_places(node, m, width, mul, LAYOUT: tl.constexpr):
     """Place of channel 0 of rows (node, m) from the slot's first element on. 64 bit: node * width may pass 2^31."""
-    place = (row // dim).to(tl.int64) * width
+    place = node.to(tl.int64) * width
     if LAYOUT == "ir_mul":
-        return place + (row % dim) * mul
+        return place + m * mul
     else:
-        return place + row % dim
+        return place + m
 
 
 @triton.jit
@@ -150,16 +150,19 @@ def _dot(a, b, acc, MODE: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def _find_group(group_ptr, n_nodes, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(group, tile inside the group) of this program: groups lie one after another in the grid."""
+def _find_group(group_ptr, n_nodes, extra, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(group, tile inside the group) of this program: groups lie one after another in the grid.
+
+    extra: row tiles of each group beyond those that its rows fill.
+    """
     tile = tl.program_id(0)
     group = 0
-    count = tl.cdiv(n_nodes * tl.load(group_ptr + 2), BLOCK_M) * tl.cdiv(tl.load(group_ptr + 1), BLOCK_N)
+    count = (tl.cdiv(n_nodes * tl.load(group_ptr + 2), BLOCK_M) + extra) * tl.cdiv(tl.load(group_ptr + 1), BLOCK_N)
     while tile >= count:
         tile -= count
         group += 1
         entry = group_ptr + group * 6
-        count = tl.cdiv(n_nodes * tl.load(entry + 2), BLOCK_M) * tl.cdiv(tl.load(entry + 1), BLOCK_N)
+        count = (tl.cdiv(n_nodes * tl.load(entry + 2), BLOCK_M) + extra) * tl.cdiv(tl.load(entry + 1), BLOCK_N)
     return group, tile
 
 
@@ -191,7 +194,7 @@ def linear_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    group, tile = _find_group(group_ptr, n_nodes, BLOCK_M, BLOCK_N)
+    group, tile = _find_group(group_ptr, n_nodes, 0, BLOCK_M, BLOCK_N)
     entry = group_ptr + group * 6
     offset = tl.multiple_of(tl.load(entry), ALIGN)
     mul = tl.multiple_of(tl.load(entry + 1), ALIGN)
@@ -212,7 +215,7 @@ def linear_fwd_kernel(
         x_mul = tl.multiple_of(tl.load(block + 1), ALIGN)
         x_first = tl.multiple_of(tl.load(block + 2), BLOCK_K)
         weight = tl.multiple_of(tl.load(block + 3), ALIGN)
-        place = x_offset + _row_places(row, width_in, x_mul, dim, X_LAYOUT)
+        place = x_offset + _row_places(row // dim, row % dim, width_in, x_mul, X_LAYOUT)
         x = _load_rows(x_ptr, place, row_mask, x_first, x_mul, dim, BLOCK_C=BLOCK_K, LAYOUT=X_LAYOUT, LANES=LANES,
                        EVEN=EVEN_K)  # fmt: skip
         k = x_first + tl.arange(0, BLOCK_K)
@@ -222,7 +225,7 @@ def linear_fwd_kernel(
     if HAS_BIAS:
         biases = tl.where(bias >= 0, mul, 0)
         acc += tl.load(bias_ptr + bias + column, mask=column < biases, other=0.0)[None, :]
-    place = offset + _row_places(row, width_out, mul, dim, OUT_LAYOUT)
+    place = offset + _row_places(row // dim, row % dim, width_out, mul, OUT_LAYOUT)
     if HAS_RESIDUAL:
         acc += _load_rows(residual_ptr, place, row_mask, first, mul, dim, BLOCK_C=BLOCK_N, LAYOUT=OUT_LAYOUT,
                           LANES=LANES, EVEN=EVEN_N)  # fmt: skip
@@ -267,8 +270,8 @@ def linear_wgrad_kernel(
     acc = tl.zeros((BLOCK_U, BLOCK_W), acc_dtype)
     for start in range(part * nodes_per_part * dim, end, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
-        x_place = x_offset + _row_places(row, width_in, x_mul, dim, X_LAYOUT)
-        g_place = g_offset + _row_places(row, width_out, g_mul, dim, G_LAYOUT)
+        x_place = x_offset + _row_places(row // dim, row % dim, width_in, x_mul, X_LAYOUT)
+        g_place = g_offset + _row_places(row // dim, row % dim, width_out, g_mul, G_LAYOUT)
         x = _load_rows(x_ptr, x_place, row < end, x_first, x_mul, dim, BLOCK_C=BLOCK_U, LAYOUT=X_LAYOUT, LANES=LANES,
                        EVEN=EVEN)  # fmt: skip
         g = _load_rows(g_ptr, g_place, row < end, g_first, g_mul, dim, BLOCK_C=BLOCK_W, LAYOUT=G_LAYOUT, LANES=LANES,

@@ -27,8 +27,8 @@ import triton.language as tl
 
 from . import symmetric_contraction_source as source
 from . import tiles
-from .channelwise_tp import segment_sum
 from .generated import kernel_of
+from .segments import cut, sum_tiles
 
 
 @cache
@@ -81,31 +81,19 @@ def grad_x(problem, g: torch.Tensor, x: torch.Tensor, coef: torch.Tensor, plan, 
     return _run_map(problem, "symmetric_contraction_bwd", write, (g,), x, coef, a, q, plan, problem.dim_in)
 
 
-def _tile_bounds(plan, nodes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(bounds [T + 1] of each tile in plan.perm, first tile [Z + 1] of each species): no tile holds two species."""
-    size = max(16, -(-nodes // 64))
-    species = plan.ptr.shape[0] - 1
-    first = torch.nn.functional.pad((plan.ptr.diff() + size - 1).div(size, rounding_mode="floor").cumsum(0), (1, 0))
-    number = torch.arange(-(-nodes // size) + species + 1, device=plan.ptr.device)
-    owner = torch.searchsorted(first, number, right=True).sub(1).clamp(max=species - 1)
-    bounds = torch.minimum(plan.ptr[owner] + (number - first[owner]) * size, plan.ptr[owner + 1])
-    return bounds.to(torch.int32), first.to(torch.int32)
-
-
 def grad_coef(problem, g: torch.Tensor, x: torch.Tensor, plan, dtype: torch.dtype, a=None) -> torch.Tensor:
     """The gradient [Z, rows, C, PACK] of the coefficients, of `dtype`; or its derivative along a."""
     nodes, species, width = x.shape[0], plan.ptr.shape[0] - 1, problem.rows * source.PACK
     if nodes == 0 or not problem.terms:
         return torch.zeros((species, problem.rows, problem.channels, source.PACK), dtype=dtype, device=x.device)
     tile = tiles.choose("symmetric_contraction_coef", dtype=tiles.TAGS[x.dtype], terms=len(problem.terms), nodes=nodes)
-    bounds, first = _tile_bounds(plan, nodes)
+    bounds, first = cut(plan.ptr, nodes, 64)
     count = bounds.shape[0] - 1
     partial = torch.empty((count, width * problem.channels), dtype=dtype, device=x.device)
     for kernel in _coef_kernels(problem, tile["TERMS"], a is not None):
         tensors = (g, x, *(() if a is None else (a,)), partial, plan.perm, bounds)
         _launch(kernel, tile, count, problem.channels, *tensors, acc=dtype)
-    order = torch.arange(count, device=x.device, dtype=torch.int32)
-    total = segment_sum(partial, first, order).view(species, width, problem.channels)
+    total = sum_tiles(partial, first).view(species, width, problem.channels)
     total[:, len(problem.terms) :] = 0
     return total.view(species, problem.rows, source.PACK, problem.channels).transpose(2, 3)
 

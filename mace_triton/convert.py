@@ -19,12 +19,14 @@ from mace.modules.symmetric_contraction import SymmetricContraction as PlainCont
 from .linear_problem import LinearProblem
 from .nn.conv import ConvTP, problem_of
 from .nn.linear import IrrepsLinear
+from .nn.species_linear import SpeciesLinear
+from .nn.species_linear import problem_of as species_problem_of
 from .nn.symmetric_contraction import ReshapeIrreps, SymmetricContraction
 from .nn.symmetric_contraction import problem_of as contraction_problem_of
 from .ops import dispatch
 from .precision import PRESETS, Precision
 
-_OURS = (IrrepsLinear, ConvTP, SymmetricContraction, ReshapeIrreps)
+_OURS = (IrrepsLinear, ConvTP, SpeciesLinear, SymmetricContraction, ReshapeIrreps)
 MODELS = (models.MACE, models.AtomicDipolesMACE, models.AtomicDielectricMACE, models.EnergyDipolesMACE)
 
 
@@ -32,7 +34,7 @@ MODELS = (models.MACE, models.AtomicDipolesMACE, models.AtomicDielectricMACE, mo
 class Inner:
     """Which linears of an interaction block read conv_tp's message, and which read linear_up's features beside it.
 
-    last: the linear whose result goes straight to `reshape`, "" where something else stands between.
+    last: the module whose result goes straight to `reshape`.
     """
 
     behind: str = "linear"
@@ -47,9 +49,9 @@ class Inner:
 
 
 BLOCKS: dict[type, Inner] = {
-    blocks.RealAgnosticInteractionBlock: Inner(last=""),
+    blocks.RealAgnosticInteractionBlock: Inner(last="skip_tp"),
     blocks.RealAgnosticResidualInteractionBlock: Inner(),
-    blocks.RealAgnosticDensityInteractionBlock: Inner(last=""),
+    blocks.RealAgnosticDensityInteractionBlock: Inner(last="skip_tp"),
     blocks.RealAgnosticDensityResidualInteractionBlock: Inner(),
     blocks.RealAgnosticAttResidualInteractionBlock: Inner(),
     blocks.RealAgnosticResidualNonLinearInteractionBlock: Inner("linear_1", ("linear_res",), "linear_2"),
@@ -254,7 +256,8 @@ def _candidates(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, 
     for prefix, parent in model.named_modules():
         for key, child in parent.named_children():
             is_conv = key == "conv_tp" and isinstance(child, o3.TensorProduct)
-            if type(child) in (o3.Linear, PlainContraction) or is_conv:
+            is_skip = key == "skip_tp" and type(child) is o3.FullyConnectedTensorProduct
+            if type(child) in (o3.Linear, PlainContraction) or is_conv or is_skip:
                 yield f"{prefix}.{key}" if prefix else key, parent, child
 
 
@@ -277,7 +280,9 @@ def _refusal(parent: torch.nn.Module, child: torch.nn.Module) -> str:
 def _problem(module: torch.nn.Module) -> object:
     """The module's problem, whatever its layout; TypeError or ValueError where it has none."""
     if isinstance(module, PlainContraction):
-        return contraction_problem_of(module)
+        return contraction_problem_of(module)[0]
+    if isinstance(module, o3.FullyConnectedTensorProduct):
+        return species_problem_of(module)[0]
     return problem_of(module) if isinstance(module, o3.TensorProduct) else LinearProblem.from_module(module)
 
 
@@ -300,7 +305,8 @@ def _layouts(model: torch.nn.Module) -> dict[str, tuple[str, str]]:
 def _reshapes_ir_mul(block: torch.nn.Module, inner: Inner) -> bool:
     """Whether the block's last linear can hand its result to `reshape` with the channels side by side."""
     last, reshape = getattr(block, inner.last, None), block.reshape
-    if type(last) is not o3.Linear or type(reshape) is not reshape_irreps or _refusal(block, last):
+    linears = (o3.Linear, o3.FullyConnectedTensorProduct)
+    if type(last) not in linears or type(reshape) is not reshape_irreps or _refusal(block, last):
         return False
     return last.irreps_out == reshape.irreps and len({mul for mul, _ in reshape.irreps}) == 1
 
@@ -353,6 +359,8 @@ def _replacement(
     layout_in, layout_out = layouts.get(name, ("mul_ir", "mul_ir"))
     if isinstance(module, PlainContraction):
         return SymmetricContraction(module, layout_out, agnostic=getattr(parent, "use_agnostic_product", False))
+    if isinstance(module, o3.FullyConnectedTensorProduct):
+        return SpeciesLinear(module, policy.linear, layout_in, layout_out)
     if isinstance(module, o3.TensorProduct):
         return ConvTP(module, policy.tensor_product, layout_in, layout_out, conversion.deterministic)
     exact = any(part in EXACT for part in name.split("."))
@@ -374,7 +382,6 @@ def _swap(model: torch.nn.Module, name: str, new: torch.nn.Module) -> None:
 
 _SWAPPABLE = (o3.Linear, o3.TensorProduct, PlainContraction)
 _NO_KERNEL = (
-    o3.FullyConnectedTensorProduct,
     o3.SphericalHarmonics,
     blocks.RadialEmbeddingBlock,
     nn.FullyConnectedNet,
@@ -391,6 +398,9 @@ def _row(name: str, module: torch.nn.Module, conversion: Conversion | None, dtyp
     if isinstance(module, IrrepsLinear):
         layout = f"{module.problem.layout_in} -> {module.problem.layout_out}"
         return Row(name, kind, _runs("linear", module.output_mask), module.run_mode, layout)
+    if isinstance(module, SpeciesLinear):
+        layout = f"{module.problem.layout_in} -> {module.problem.layout_out}"
+        return Row(name, kind, _runs("species_linear", module.output_mask), module.run_mode, layout)
     if isinstance(module, ConvTP):
         layout = f"{module.problem.layout_in} -> {module.problem.layout_out}"
         runs = _runs("channelwise_tp", module.output_mask)

@@ -101,3 +101,39 @@ def bias_grad(problem: LinearProblem, grad: torch.Tensor) -> torch.Tensor:
         if start >= 0
     ]
     return torch.cat(parts) if parts else grad.new_zeros(0)
+
+
+def species_linear(
+    problem: LinearProblem, x: torch.Tensor, weight: torch.Tensor, species: torch.Tensor, mode: str, scale: float
+) -> torch.Tensor:
+    """`linear` with the weights of each node's species: weight [Z, weight_numel], species [N] -> [N, dim_out]."""
+    out = x.new_zeros(x.shape[0], problem.dim_out)
+    for z in species.unique().tolist():
+        out[species == z] = linear(problem, x[species == z], weight[z], mode, scale=scale)
+    return out
+
+
+def species_linear_grad_x(
+    problem: LinearProblem, grad: torch.Tensor, weight: torch.Tensor, species: torch.Tensor, mode: str, scale: float
+) -> torch.Tensor:
+    """d loss / d x [N, dim_in] of `species_linear`."""
+    gx = grad.new_zeros(grad.shape[0], problem.dim_in)
+    for z in species.unique().tolist():
+        gx[species == z] = linear_grad_x(problem, grad[species == z], weight[z], mode, scale)
+    return gx
+
+
+def species_linear_grad_w(
+    problem: LinearProblem,
+    x: torch.Tensor,
+    grad: torch.Tensor,
+    species: torch.Tensor,
+    count: int,
+    mode: str,
+    scale: float,
+) -> torch.Tensor:
+    """d loss / d weight [count, weight_numel] of `species_linear`; zero for species that do not occur."""
+    gw = x.new_zeros(count, problem.weight_numel)
+    for z in species.unique().tolist():
+        gw[z] = linear_grad_w(problem, x[species == z], grad[species == z], mode, scale)
+    return gw
