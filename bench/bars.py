@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from . import blocks, first_use, measure, models, rows, timing
+from . import blocks, first_use, measure, models, rows, species_blocks, timing
 from .rows import OURS, Row
 
 FAST = ("cueq", "oeq", OURS)
@@ -126,6 +126,26 @@ def linear(section: Section) -> None:
             section.ratio(f"linear 71 to 16, 1536 {direction}", case, direction, "cueq", precision, None)
 
 
+def species(section: Section) -> None:
+    """The symmetric contraction behind layer 1, and skip_tp with 89 species."""
+    directions = species_blocks.DIRECTIONS
+    for name in ("medium", "large"):
+        for atoms in (1536, 5184):
+            case = species_blocks.ContractionCase(name, atoms)
+            section.measure(measure.specs([case], [("cueq", ("fp32",)), (OURS, ("fp32",))], directions))
+            for direction, least in zip(directions, (1.0, 1.3, 1.3), strict=True):
+                section.ratio(f"contraction {name} {atoms} {direction}", case, direction, "cueq", "fp32", least)
+    for name in ("last-medium", "up-large"):
+        for atoms in (1536, 5184):
+            case = species_blocks.SpeciesLinearCase(name, atoms)
+            section.measure(measure.specs([case], [("e3nn", ("fp32",)), ("cueq", ("fp32",))], directions))
+            section.measure(measure.specs([case], [(OURS, ("fp32", "bf16"))], directions))
+            for direction in directions:
+                for peer, least in (("e3nn", 5.0), ("cueq", 2.0)):
+                    section.ratio(f"skip_tp {name} {atoms} {direction}", case, direction, peer, "fp32", least)
+                section.ratio(f"skip_tp {name} {atoms} {direction}", case, direction, "cueq", "bf16", None)
+
+
 def model(section: Section) -> None:
     """GPU time of energy and forces, and the share of the blocks we replace."""
     direction = models.DIRECTIONS[0]
@@ -205,6 +225,7 @@ def _seconds(row: Row) -> float:
 SECTIONS: dict[str, Callable[[Section], None]] = {
     "conv": conv,
     "linear": linear,
+    "species": species,
     "model": model,
     "memory": memory,
     "compile": compile_,

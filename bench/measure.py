@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from . import blocks, models, timing
+from . import blocks, models, species_blocks, timing
 from .providers import MissingProviderError
 from .rows import OURS, Row
 
-Case = blocks.ConvCase | blocks.LinearCase | blocks.ContractionCase | models.ModelCase
+Case = blocks.ConvCase | blocks.LinearCase | species_blocks.SpeciesCase | models.ModelCase
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def prepared(spec: Spec, device: torch.device) -> blocks.Prepared:
 def forget(device: torch.device) -> None:
     """Let go of everything kept between rows."""
     _kept.clear()
-    for kept in (blocks.conv_reference, models.built):
+    for kept in (blocks.conv_reference, species_blocks.reference, models.built):
         kept.cache_clear()
     timing.free_memory(device)
 

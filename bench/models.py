@@ -19,7 +19,8 @@ from .rows import Row
 ELEMENTS = tuple(z for z in range(1, 95) if z not in (84, 85, 86, 87, 88))  # the 89 of MACE-MP-0
 DIRECTIONS = ("energy+forces", "training step")
 OUR_BLOCKS = re.compile(
-    r"interactions\.\d+\.(linear_up|conv_tp|linear)$|products\.\d+\.linear$|readouts\.\d+\.linear\w*$"
+    r"interactions\.\d+\.(linear_up|conv_tp|linear|skip_tp)|products\.\d+\.(symmetric_contractions|linear)|"
+    r"readouts\.\d+\.linear\w*"
 )
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-4, "tf32": 1e-2, "fp16": 1e-2, "bf16": 1e-1}
 """Relative error allowed in forces and parameter gradients, whose sums cancel; certify() holds the physical budgets."""

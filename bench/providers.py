@@ -2,7 +2,8 @@
 
 conv_tp: call(x [N, dim_in1], y [E, dim_in2], w [E, weights], edge_index [2, E]) -> [N, dim_out]
 linear: call(x [N, dim_in]) -> [N, dim_out], with `weight`, the flat parameter in e3nn's order
-symmetric_contraction: call(x [N, C, 16] in mul_ir or [N, 16, C] in ir_mul, one_hot [N, Z]) -> [N, dim_out]
+species_linear: call(x [N, dim_in], one_hot [N, Z]) -> [N, dim_out], with `weights`
+symmetric_contraction: call(x [N, C, 16] in mul_ir or [N, 16, C] in ir_mul, one_hot [N, Z]) -> [N, dim_out], the same
 model: a module called with MACE's dictionary
 
 Every provider is built as MACE itself builds it (mace/modules/wrapper_ops.py and mace/cli/convert_e3nn_*.py) and
@@ -34,12 +35,22 @@ class MissingProviderError(RuntimeError):
 
 @dataclass(frozen=True)
 class Block:
-    """A built block: how to call it, the layouts of its input and output, and its weight if it owns one."""
+    """A built block: how to call it, the layouts of its input and output, and its weights if it owns some.
+
+    weights_as_e3nn: whether they are e3nn's weights in e3nn's order, so that gradients can be compared.
+    """
 
     call: Callable[..., Tensor]
     layout_in: str = "mul_ir"
     layout_out: str = "mul_ir"
-    weight: Tensor | None = None
+    weights: tuple[Tensor, ...] = ()
+    weights_as_e3nn: bool = True
+
+    @property
+    def weight(self) -> Tensor:
+        """The only weight."""
+        (weight,) = self.weights
+        return weight
 
 
 def model_dtype(precision: str) -> torch.dtype:
@@ -173,7 +184,7 @@ def linear_e3nn(irreps_in: str, irreps_out: str, precision: str, device: torch.d
     need_precision("e3nn", precision, ("fp64", "fp32", "tf32"))
     with default_dtype(model_dtype(precision)):
         linear = o3.Linear(irreps_in, irreps_out).to(device)
-    return Block(linear, weight=linear.weight)
+    return Block(linear, weights=(linear.weight,))
 
 
 def linear_cueq(irreps_in: str, irreps_out: str, precision: str, device: torch.device, variant: str = "") -> Block:
@@ -186,7 +197,7 @@ def linear_cueq(irreps_in: str, irreps_out: str, precision: str, device: torch.d
         linear = cuet.Linear(
             _cue_irreps(irreps_in), _cue_irreps(irreps_out), layout=cue.ir_mul, shared_weights=True, method="naive"
         ).to(device)
-    return Block(linear, "ir_mul", "ir_mul", linear.weight)
+    return Block(linear, "ir_mul", "ir_mul", (linear.weight,))
 
 
 def linear_mace_triton(
@@ -201,7 +212,7 @@ def linear_mace_triton(
         plain = o3.Linear(irreps_in, irreps_out)
     mode = Precision.parse(precision).linear
     linear = IrrepsLinear(plain, mode, layout_in=layout_in, layout_out=layout_out).to(device)
-    return Block(linear, layout_in, layout_out, linear.weight)
+    return Block(linear, layout_in, layout_out, (linear.weight,))
 
 
 def contraction_e3nn(irreps_in: str, irreps_out: str, n_elements: int, precision: str, device: torch.device) -> Block:
@@ -214,7 +225,15 @@ def contraction_e3nn(irreps_in: str, irreps_out: str, n_elements: int, precision
         module = SymmetricContraction(
             o3.Irreps(irreps_in), o3.Irreps(irreps_out), correlation=3, num_elements=n_elements, use_reduced_cg=True
         )
-    return Block(module.to(device=device, dtype=model_dtype(precision)).requires_grad_(False))
+    module = module.to(device=device, dtype=model_dtype(precision))
+    return Block(module, weights=_contraction_weights(module))
+
+
+def _contraction_weights(module: torch.nn.Module) -> tuple[Tensor, ...]:
+    """In one order for MACE's module and ours."""
+    from mace_triton.nn.symmetric_contraction import parameters_of
+
+    return tuple(parameters_of(module))
 
 
 def contraction_cueq(irreps_in: str, irreps_out: str, n_elements: int, precision: str, device: torch.device) -> Block:
@@ -237,7 +256,6 @@ def contraction_cueq(irreps_in: str, irreps_out: str, n_elements: int, precision
             dtype=dtype,
             math_dtype=dtype,
         ).to(device)
-    module.requires_grad_(False)
     plain = contraction_e3nn(irreps_in, irreps_out, n_elements, precision, device).call
     weights = {f"products.0.symmetric_contractions.{name}": value for name, value in plain.state_dict().items()}
     moved: dict[str, Tensor] = {}
@@ -250,7 +268,7 @@ def contraction_cueq(irreps_in: str, irreps_out: str, n_elements: int, precision
         # MACE derives the species index in every call, so it is part of the time.
         return module(x.flatten(1), one_hot.argmax(dim=-1).int())
 
-    return Block(call, "ir_mul", "ir_mul")
+    return Block(call, "ir_mul", "ir_mul", (module.weight,), weights_as_e3nn=False)
 
 
 def contraction_mace_triton(
@@ -262,7 +280,53 @@ def contraction_mace_triton(
 
     need_precision("mace_triton", precision, ("fp64", "fp32"))
     module = SymmetricContraction(contraction_e3nn(irreps_in, irreps_out, n_elements, precision, device).call, "ir_mul")
-    return Block(lambda x, one_hot: module(x.transpose(1, 2), one_hot), "ir_mul", "ir_mul")
+    weights = _contraction_weights(module)
+    return Block(lambda x, one_hot: module(x.transpose(1, 2), one_hot), "ir_mul", "ir_mul", weights)
+
+
+def species_linear_e3nn(
+    irreps_in: str, irreps_out: str, n_elements: int, precision: str, device: torch.device
+) -> Block:
+    """o3.FullyConnectedTensorProduct with one-hot species, weights of seed 0, mul_ir."""
+    need_precision("e3nn", precision, ("fp64", "fp32", "tf32"))
+    with default_dtype(torch.float64), torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = o3.FullyConnectedTensorProduct(irreps_in, f"{n_elements}x0e", irreps_out)
+    module = module.to(device=device, dtype=model_dtype(precision))
+    return Block(module, weights=(module.weight,))
+
+
+def species_linear_cueq(
+    irreps_in: str, irreps_out: str, n_elements: int, precision: str, device: torch.device
+) -> Block:
+    """cuet.FullyConnectedTensorProduct(method="naive") in ir_mul, as MACE's wrapper builds it."""
+    need_precision("cueq", precision, ("fp64", "fp32", "tf32"))
+    cuet = _cueq(device)
+    import cuequivariance as cue
+
+    irreps = (_cue_irreps(i) for i in (irreps_in, f"{n_elements}x0e", irreps_out))
+    with default_dtype(model_dtype(precision)):
+        module = cuet.FullyConnectedTensorProduct(
+            *irreps, layout=cue.ir_mul, shared_weights=True, internal_weights=True, method="naive"
+        ).to(device)
+    plain = species_linear_e3nn(irreps_in, irreps_out, n_elements, precision, device)
+    with torch.no_grad():
+        module.weight.copy_(plain.weight.reshape(module.weight.shape))
+    return Block(module, "ir_mul", "ir_mul", (module.weight,))
+
+
+def species_linear_mace_triton(
+    irreps_in: str, irreps_out: str, n_elements: int, precision: str, device: torch.device
+) -> Block:
+    """Our SpeciesLinear around `species_linear_e3nn`, in mul_ir, as accelerate() uses it."""
+    from mace_triton.nn.species_linear import SpeciesLinear
+    from mace_triton.precision import Precision
+
+    plain = species_linear_e3nn(
+        irreps_in, irreps_out, n_elements, "fp64" if precision == "fp64" else "fp32", device
+    ).call
+    module = SpeciesLinear(plain, Precision.parse(precision).linear)
+    return Block(module, weights=(module.weight,))
 
 
 def model_e3nn(model: torch.nn.Module, precision: str, device: torch.device, variant: str = "") -> torch.nn.Module:
@@ -308,6 +372,11 @@ def model_mace_triton(
 BUILDERS: dict[str, dict[str, Callable]] = {
     "conv_tp": {"e3nn": conv_e3nn, "cueq": conv_cueq, "oeq": conv_oeq, "mace_triton": conv_mace_triton},
     "linear": {"e3nn": linear_e3nn, "cueq": linear_cueq, "mace_triton": linear_mace_triton},
+    "species_linear": {
+        "e3nn": species_linear_e3nn,
+        "cueq": species_linear_cueq,
+        "mace_triton": species_linear_mace_triton,
+    },
     "symmetric_contraction": {
         "e3nn": contraction_e3nn,
         "cueq": contraction_cueq,

@@ -1,9 +1,9 @@
-"""The symmetric contraction behind layer 1 of MACE-MP models, correlation 3: forward, and the gradient of x."""
+"""The symmetric contraction behind layer 1 of MACE-MP models, correlation 3: inference and training."""
 
 from __future__ import annotations
 
 from . import measure
-from .blocks import DIRECTIONS, ContractionCase
+from .species_blocks import DIRECTIONS, ContractionCase
 
 
 def specs(size: str) -> list[measure.Spec]:

@@ -202,6 +202,7 @@ SECTIONS = (
     ("conv_tp", "The channel-wise tensor product with its gather and scatter (`conv_tp`)"),
     ("linear_up", "Linear, hidden to hidden (`linear_up`)"),
     ("linear", "Linear behind `conv_tp`"),
+    ("species_linear", "Linear with weights of each species (`skip_tp`)"),
     ("symmetric_contraction", "Symmetric contraction"),
     ("model", "Whole models"),
 )

@@ -32,7 +32,7 @@ app = typer.Typer(
 )
 console = Console(width=None if sys.stdout.isatty() else 120)
 
-OPS = ("channelwise_tp", "linear", "symmetric_contraction")
+OPS = ("channelwise_tp", "linear", "species_linear", "symmetric_contraction")
 ARCHS = ("sm_80", "sm_90", "gfx942")
 SHAPES = ("small", "medium", "large")
 DTYPES = ("fp64", "fp32", "bf16")
@@ -72,7 +72,7 @@ def need_gpu(command: str) -> None:
 
 @app.command("compile")
 def compile_command(
-    op: Annotated[str, typer.Argument(help="channelwise_tp, linear, symmetric_contraction or all.")] = "all",
+    op: Annotated[str, typer.Argument(help=f"{', '.join(OPS)} or all.")] = "all",
     arch: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, gfx942; may be repeated.")] = None,
     shape: Shape = "large",
     dtype: Annotated[list[str] | None, typer.Option(help="Only these; may be repeated.")] = None,
@@ -116,10 +116,11 @@ def cases_of(op: str, target: str, shape: str, dtypes: tuple[str, ...]) -> list:
             return []  # it would take the compiler many minutes, see docs/symmetric_contraction.md
         kept = tuple(name for name in dtypes if name != "bf16")  # 16-bit features run the FP32 kernels
         return symmetric_contraction.offline_cases(contraction_problem(shape, 128), target, kept)
-    from .kernels import linear
+    from .kernels import linear, species_linear
 
+    kernels = {"linear": linear, "species_linear": species_linear}[op]
     modes = {mode for name in dtypes for mode in MODES[name]}
-    return [case for case in linear.offline_cases(target) if case.name.split()[1] in modes]
+    return [case for case in kernels.offline_cases(target) if case.name.split()[1] in modes]
 
 
 def print_sources(jobs: list[tuple]) -> None:
@@ -156,7 +157,7 @@ def sized(op: str, shape: str, dtype: str):
 
 @app.command()
 def parity(
-    op: Annotated[str, typer.Argument(help="channelwise_tp, linear or symmetric_contraction.")],
+    op: Annotated[str, typer.Argument(help=f"One of {', '.join(OPS)}.")],
     shape: Shape = "large",
     dtype: Dtype = "fp32",
 ) -> None:
@@ -190,7 +191,7 @@ def in_interpreter(*arguments: str) -> int:
 
 @app.command("time")
 def time_command(
-    op: Annotated[str, typer.Argument(help="channelwise_tp, linear or symmetric_contraction.")],
+    op: Annotated[str, typer.Argument(help=f"One of {', '.join(OPS)}.")],
     shape: Shape = "large",
     dtype: Dtype = "fp32",
     nodes: Annotated[int, typer.Option(min=1, help="Atoms; the tensor product has 84 neighbours each.")] = 1536,
@@ -285,27 +286,31 @@ def describe(tile) -> str:
 
 
 _ROWS = {"PAIRS": (60, 95, 190, 400), "BLOCK_C": (32, 64), "AHEAD": (0, 1, 2, 3, 4), "SPLIT": (1, 2, 4, 8)}
+_MAP = {
+    "BLOCK_M": (32, 64, 128),
+    "BLOCK_N": (32, 64, 128),
+    "BLOCK_K": (16, 32, 64, 128),
+    "num_warps": (4, 8),
+    "num_stages": (1, 2, 3),
+    "LANES": (4, 8, 32),
+}
+_WEIGHTS = {
+    "BLOCK_R": (16, 32, 64),
+    "BLOCK_U": (32, 64, 128),
+    "BLOCK_W": (32, 64, 128),
+    "num_warps": (4, 8),
+    "PARTS": (32, 64, 128),
+}
 CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {
     "channelwise_tp_fwd": _ROWS,
     "channelwise_tp_bwd": _ROWS,
-    "linear_fwd": {
-        "BLOCK_M": (32, 64, 128),
-        "BLOCK_N": (32, 64, 128),
-        "BLOCK_K": (16, 32, 64, 128),
-        "num_warps": (4, 8),
-        "num_stages": (1, 2, 3),
-        "LANES": (4, 8, 32),
-    },
+    "linear_fwd": _MAP,
+    "species_linear_fwd": _MAP,
+    "species_linear_wgrad": _WEIGHTS,
     "symmetric_contraction_fwd": {"BLOCK_C": (32, 64)},
     "symmetric_contraction_bwd": {"BLOCK_C": (32, 64)},
     "symmetric_contraction_coef": {"BLOCK_C": (32, 64), "TERMS": (48, 96, 144)},
-    "linear_wgrad": {
-        "BLOCK_R": (16, 32, 64),
-        "BLOCK_U": (32, 64, 128),
-        "BLOCK_W": (32, 64, 128),
-        "num_warps": (4, 8),
-        "PARTS": (32, 64, 128),
-    },
+    "linear_wgrad": _WEIGHTS,
 }
 """Table -> what `tune` tries, one key after another, each from the best tile so far."""
 

@@ -19,6 +19,7 @@ from .ops.channelwise_tp import channelwise_tp
 from .ops.graph import graph_plan
 from .ops.linear import linear, lowp_weight
 from .ops.species import plan_of
+from .ops.species_linear import species_linear
 from .ops.symmetric_contraction import STORAGE, symmetric_contraction
 from .precision import TORCH_DTYPES
 from .problem import ChannelwiseTPProblem
@@ -148,6 +149,53 @@ class Linear:
         }
 
 
+class SpeciesLinear:
+    """Random inputs of skip_tp, hidden -> hidden, two species, hydrogen twice as often; `degree` plays no role."""
+
+    TABLES = ("species_linear_fwd", "species_linear_wgrad")
+    STAGE_OF: ClassVar[dict[str, str]] = {
+        "species_linear_fwd": "forward",
+        "species_linear_wgrad": "gradient of weights",
+    }
+
+    def __init__(self, shape: str, dtype: str, nodes: int, degree: int, channels: int, device: str, seed: int = 0):
+        hidden = HIDDEN[shape].format(c=channels)
+        self.problem, self.generator = LinearProblem(hidden, hidden), torch.Generator(device).manual_seed(seed)
+        self.mode, self.nodes, count = Linear.MODES[dtype], nodes, 2
+        like = torch.float64 if dtype == "fp64" else torch.float32
+        self.plan = plan_of(torch.arange(nodes, device=device) % 3 // 2, count)
+        shapes = {"x": (nodes, self.problem.dim_in), "w": (count, self.problem.weight_numel)}
+        self.inputs = {name: randn(size, like, self.generator) for name, size in shapes.items()}
+        self.operand_error = Linear.OPERAND_ERROR[self.mode]
+        work = self.problem.min_bytes(nodes, like.itemsize, count * like.itemsize)
+        flops = self.problem.flops(nodes)
+        self.bytes, self.flops = (dict.fromkeys(Linear.STAGES, n["forward"]) for n in (work, flops))
+
+    def op(self, x, w) -> torch.Tensor:
+        return species_linear(self.problem, x, w, self.plan, mode=self.mode)
+
+    def formula(self, x, w) -> torch.Tensor:
+        rows = [reference_linear.linear(self.problem, x, own, "fp64") for own in w]
+        return torch.stack(rows)[self.plan.species.long(), torch.arange(self.nodes, device=x.device)]
+
+    def lengths(self) -> dict[str, int]:
+        """How many products are summed into one element, at most, by the letter of the result."""
+        blocks = self.problem.blocks
+        width, rows = max(b.slot_in.mul for b in blocks), max(b.slot_in.dim for b in blocks) * self.nodes
+        return {"out": width, "x": width, "w": rows}
+
+    def stages(self) -> dict[str, Callable[[], object]]:
+        """What is timed, by name."""
+        ops, (x, w) = torch.ops.mace_triton, self.inputs.values()
+        g = randn((self.nodes, self.problem.dim_out), x.dtype, self.generator)
+        low, rest = lowp_weight(w, self.mode), (*self.plan, self.problem.key, self.mode, 1.0)
+        return {
+            "forward": lambda: ops.species_linear(x, w, low, *rest),
+            "gradient of x": lambda: ops.species_linear_grad_x(g, w, low, *rest),
+            "gradient of weights": lambda: ops.species_linear_grad_w(x, g, *rest),
+        }
+
+
 class SymmetricContraction:
     """Random inputs of the symmetric contraction, two species, hydrogen twice as often; `degree` plays no role."""
 
@@ -194,7 +242,12 @@ class SymmetricContraction:
         }
 
 
-CASES = {"channelwise_tp": ChannelwiseTP, "linear": Linear, "symmetric_contraction": SymmetricContraction}
+CASES = {
+    "channelwise_tp": ChannelwiseTP,
+    "linear": Linear,
+    "species_linear": SpeciesLinear,
+    "symmetric_contraction": SymmetricContraction,
+}
 
 
 SAFETY = 8.0

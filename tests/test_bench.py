@@ -13,12 +13,15 @@ from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ is not part of the installed package
 
-from bench import bars, blocks, first_use, measure, models, providers, rows, structures, timing
+from bench import bars, blocks, first_use, measure, models, providers, rows, species_blocks, structures, timing
 from mace_triton import bench_report
 
 CPU = torch.device("cpu")
 CONV = blocks.ConvCase("small", 24, channels=2)
 LINEAR = blocks.LinearCase("up-medium", 24, channels=4)
+SKIP = species_blocks.SpeciesLinearCase("last-medium", 24, channels=4, elements=8)
+CONTRACTION = species_blocks.ContractionCase("small", 24, channels=2, elements=8)
+CASES = {"conv_tp": CONV, "linear": LINEAR, "species_linear": SKIP, "symmetric_contraction": CONTRACTION}
 MODEL = models.ModelCase("small", 24, channels=2, elements=(1, 8))
 
 pytestmark = pytest.mark.usefixtures("reference_path")
@@ -77,6 +80,16 @@ def test_providers_agree_in_fp64(case, provider):
     assert row["roofline_percent"] > 0
 
 
+@pytest.mark.parametrize("provider", ["e3nn", "cueq", "mace_triton"])
+@pytest.mark.parametrize("case", [SKIP, CONTRACTION])
+def test_providers_with_weights_of_each_species_agree_in_fp64(case, provider):
+    row = row_of(case, provider, "fp64", "training")
+    assert row["status"] == "ok", row["reason"]
+    comparable = provider != "cueq" or case is SKIP  # cueq keeps the contraction's weights in a basis of its own
+    assert ("gw" in row["errors"]) == comparable
+    assert row["roofline_percent"] > 0
+
+
 @pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
 def test_low_precision_linear_passes_its_gate(precision):
     assert row_of(LINEAR, precision=precision)["status"] == "ok"
@@ -92,7 +105,7 @@ def test_low_precision_weights_pass_their_gate(precision):
 def _spoiled(build, spoil):
     def builder(*arguments):
         block = build(*arguments)
-        return providers.Block(lambda *x: spoil(block.call(*x)), block.layout_in, block.layout_out, block.weight)
+        return providers.Block(lambda *x: spoil(block.call(*x)), block.layout_in, block.layout_out, block.weights)
 
     return builder
 
@@ -106,11 +119,11 @@ def _with_a_hole(out):
 @pytest.mark.parametrize(
     "spoil", [lambda out: out * 1.0001, _with_a_hole, lambda out: out.flip(0), lambda out: out[:-1]]
 )
-@pytest.mark.parametrize("kind", ["conv_tp", "linear"])
+@pytest.mark.parametrize("kind", CASES)
 def test_gate_refuses_a_wrong_provider(monkeypatch, kind, spoil):
     wrong = _spoiled(providers.BUILDERS[kind]["mace_triton"], spoil)
     monkeypatch.setitem(providers.BUILDERS[kind], "mace_triton", wrong)
-    row = row_of(CONV if kind == "conv_tp" else LINEAR)
+    row = row_of(CASES[kind])
     assert row["status"] in ("refused", "failed")  # a missing row breaks the backward pass before the gate sees it
     assert row["reason"]
     assert "gpu_ms" not in row
@@ -169,11 +182,9 @@ def test_a_failing_provider_is_a_row(monkeypatch):
 def test_model_rows_time_every_block_we_replace():
     row = row_of(MODEL, direction="energy+forces")
     assert row["status"] == "ok", row["reason"]
-    layer = ("linear_up", "conv_tp", "linear")
-    expected = {f"interactions.{i}.{name}" for i in (0, 1) for name in layer} | {
-        "products.0.linear",
-        "products.1.linear",
-    }
+    layer = ("linear_up", "conv_tp", "linear", "skip_tp")
+    expected = {f"interactions.{i}.{name}" for i in (0, 1) for name in layer}
+    expected |= {f"products.{i}.{name}" for i in (0, 1) for name in ("symmetric_contractions", "linear")}
     assert expected <= set(row["block_ms"])
     assert row["blocks_ms"] == pytest.approx(sum(row["block_ms"].values()))
     assert row["wall_ms"] > 0

@@ -73,7 +73,7 @@ def test_parity_passes(op):
     done = run("parity", op, "--shape", "small")
     assert done.exit_code == 0, done.output
     results = [line.split()[0] for line in done.output.splitlines() if line.endswith("ok")]
-    inputs = {"channelwise_tp": "xyw", "linear": "xw", "symmetric_contraction": "xc"}[op]
+    inputs = {"channelwise_tp": "xyw", "linear": "xw", "species_linear": "xw", "symmetric_contraction": "xc"}[op]
     assert results == ["out", *(f"g{i}" for i in inputs), "dg", *(f"d{i}" for i in inputs)]
 
 
@@ -125,7 +125,7 @@ def test_nan_is_wrong():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("parity", "convolution"), "OP: 'convolution' is not one of channelwise_tp, linear, symmetric_contraction"),
+        (("parity", "convolution"), "OP: 'convolution' is not one of " + ", ".join(dev.OPS)),
         (("compile", "linear", "--arch", "hopper"), "--arch: 'hopper' is not one of sm_80, sm_90, gfx942"),
         (("parity", "linear", "--dtype", "int8"), "--dtype: 'int8' is not one of fp64, fp32, bf16"),
         (("time", "linear", "--shape", "huge"), "--shape: 'huge' is not one of small, medium, large"),

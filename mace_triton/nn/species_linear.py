@@ -34,9 +34,7 @@ def problem_of(
         if ins.connection_mode != "uvw" or not ins.has_weight:
             raise ValueError(f"tp: instruction {number} is {ins.connection_mode!r}; supported is 'uvw' with weights")
     pairs = tuple((ins.i_in1, ins.i_out) for ins in tp.instructions)
-    problem = LinearProblem(
-        str(tp.irreps_in1), str(tp.irreps_out), pairs, layout_in=layout_in, layout_out=layout_out
-    )
+    problem = LinearProblem(str(tp.irreps_in1), str(tp.irreps_out), pairs, layout_in=layout_in, layout_out=layout_out)
     scale = 1.0 / math.sqrt(tp.irreps_in2.dim)
     for number, (ins, alpha) in enumerate(zip(tp.instructions, problem.alphas, strict=True)):
         expected = scale * alpha * math.sqrt(tp.irreps_out[ins.i_out].ir.dim)
@@ -68,7 +66,7 @@ class SpeciesLinear(o3.FullyConnectedTensorProduct):
             raise ValueError(f"mode must be one of {LINEAR_MODES}, got {mode!r}")
         problem, scale = problem_of(tp, layout_in, layout_out)
         take_state(self, tp)
-        self.problem, self.scale, self.mode = problem, scale, mode
+        self.problem, self.scale, self.mode, self.species = problem, scale, mode, tp.irreps_in2.dim
         self._weights, self._lowp = Derived(), Derived()
 
     @property
@@ -98,19 +96,19 @@ class SpeciesLinear(o3.FullyConnectedTensorProduct):
         return self._weights.get((self.weight,), self._by_species)
 
     def _by_species(self) -> torch.Tensor:
-        species, start, parts = self.irreps_in2.dim, 0, []
-        for ins in self.instructions:  # e3nn packs [mul in, species, mul out] for each
-            rows, columns = self.irreps_in1[ins.i_in1].mul, self.irreps_out[ins.i_out].mul
-            block = self.weight[start : start + rows * species * columns].reshape(rows, species, columns)
-            parts.append(block.transpose(0, 1).reshape(species, rows * columns))
-            start += block.numel()
-        return torch.cat(parts, dim=1) if parts else self.weight.new_zeros(species, 0)
+        parts = []
+        for block in self.problem.blocks:  # e3nn packs [mul in, species, mul out] for each
+            rows, columns = block.slot_in.mul, block.slot_out.mul
+            values = self.weight[block.weight * self.species :][: rows * self.species * columns]
+            values = values.reshape(rows, self.species, columns).transpose(0, 1)
+            parts.append(values.reshape(self.species, rows * columns))
+        return torch.cat(parts, dim=1) if parts else self.weight.new_zeros(self.species, 0)
 
     def restore(self) -> o3.FullyConnectedTensorProduct:
         """The plain e3nn module with the same tensors; it expects and gives mul_ir."""
         tp = o3.FullyConnectedTensorProduct.__new__(o3.FullyConnectedTensorProduct)
         torch.nn.Module.__init__(tp)
         take_state(tp, self)
-        for name in ("problem", "scale", "mode", "_weights", "_lowp"):
+        for name in ("problem", "scale", "mode", "species", "_weights", "_lowp"):
             del tp.__dict__[name]
         return tp
