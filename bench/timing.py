@@ -23,6 +23,7 @@ Call = Callable[[], object]
 WARMUP = 3  # TorchScript specialises in the second call; one is enough on a CPU, where bench runs only to be tested
 BURST_MS = 2.0  # a burst lasts about this long, so that the resolution of the events does not matter
 ROUNDS_MS = 300.0  # and all bursts together about this long
+HOST_MS = 1000.0  # and Python needs no longer than about this to queue them
 MAX_SLEEP_MS = 100.0  # the longest sleep that a burst is queued behind
 CPU_CACHE_BYTES = 32 * 2**20
 
@@ -143,8 +144,9 @@ def time_calls(calls: Sequence[Call], device: torch.device) -> Timing:
         return _summary(wall, wall)
     host_ms = min(_host_ms(calls[0], device) for _ in range(3))
     estimate = min(_burst_ms(calls, 1, i, host_ms)[0] for i in range(3))
-    n = max(1, min(20, math.ceil(BURST_MS / estimate)))
-    rounds = int(max(5, min(25, ROUNDS_MS / (n * estimate))))
+    queued = max(1, int(MAX_SLEEP_MS / (1.5 * host_ms + 0.2)))  # calls that Python can queue during the longest sleep
+    n = max(1, min(20, queued, math.ceil(BURST_MS / estimate)))
+    rounds = int(max(5, min(25, ROUNDS_MS / (n * estimate), HOST_MS / (n * host_ms))))
     samples, late = zip(*(_burst_ms(calls, n, i * n, host_ms) for i in range(rounds)), strict=True)
     return _summary(list(samples), wall, host_bound=sum(late) > rounds // 2)
 

@@ -34,13 +34,13 @@ def segment_sum(rows: torch.Tensor, ptr: torch.Tensor, perm: torch.Tensor) -> to
     return out
 
 
-def cut(ptr: torch.Tensor, n: int, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut n sorted rows, segment z being ptr[z] .. ptr[z + 1] - 1, into tiles of at most max(16, n / parts) rows.
+def cut(ptr: torch.Tensor, n: int, parts: int, least: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut n sorted rows, segment z being ptr[z] .. ptr[z + 1] - 1, into tiles of at most max(least, n / parts) rows.
 
     Returns (bounds [T + 1] of each tile, first tile [Z + 1] of each segment), int32. No tile holds rows of two
     segments; an empty segment has none, and tiles at the end may be empty. T depends on n, parts and Z only.
     """
-    size, segments = max(16, -(-n // parts)), ptr.shape[0] - 1
+    size, segments = max(least, -(-n // parts)), ptr.shape[0] - 1
     first = torch.nn.functional.pad((ptr.diff() + size - 1).div(size, rounding_mode="floor").cumsum(0), (1, 0))
     number = torch.arange(-(-n // size) + min(segments, n) + 1, device=ptr.device)
     owner = torch.searchsorted(first, number, right=True).sub(1).clamp(max=segments - 1)

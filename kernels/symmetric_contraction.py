@@ -87,7 +87,7 @@ def grad_coef(problem, g: torch.Tensor, x: torch.Tensor, plan, dtype: torch.dtyp
     if nodes == 0 or not problem.terms:
         return torch.zeros((species, problem.rows, problem.channels, source.PACK), dtype=dtype, device=x.device)
     tile = tiles.choose("symmetric_contraction_coef", dtype=tiles.TAGS[x.dtype], terms=len(problem.terms), nodes=nodes)
-    bounds, first = cut(plan.ptr, nodes, 64)
+    bounds, first = cut(plan.ptr, nodes, tile["PARTS"], 8)
     count = bounds.shape[0] - 1
     partial = torch.empty((count, width * problem.channels), dtype=dtype, device=x.device)
     for kernel in _coef_kernels(problem, tile["TERMS"], a is not None):

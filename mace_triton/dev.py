@@ -309,7 +309,7 @@ CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {
     "species_linear_wgrad": _WEIGHTS,
     "symmetric_contraction_fwd": {"BLOCK_C": (32, 64)},
     "symmetric_contraction_bwd": {"BLOCK_C": (32, 64)},
-    "symmetric_contraction_coef": {"BLOCK_C": (32, 64), "TERMS": (48, 96, 144)},
+    "symmetric_contraction_coef": {"BLOCK_C": (32, 64), "TERMS": (48, 96, 144), "PARTS": (128, 256, 512)},
     "linear_wgrad": _WEIGHTS,
 }
 """Table -> what `tune` tries, one key after another, each from the best tile so far."""

@@ -9,7 +9,8 @@ from mace.modules import symmetric_contraction as mace_contraction
 from mace.modules.irreps_tools import reshape_irreps
 
 from ..layout import convert_layout
-from ..ops.species import one_species, species_plan
+from ..ops.graph import capturing
+from ..ops.species import one_species, present_species, species_plan
 from ..ops.symmetric_contraction import symmetric_contraction
 from ..problem import check_layout
 from ..symmetric_contraction_problem import PACK, SymmetricContractionProblem
@@ -99,18 +100,27 @@ class SymmetricContraction(mace_contraction.SymmetricContraction):
         plan = one_species(x.shape[0], x.device) if self.agnostic else species_plan(y)
         if plan is None:
             return convert_layout(super().forward(x, y), self.irreps_out, "mul_ir", self.layout_out)
-        out = symmetric_contraction(self.problem, x.transpose(1, 2), self.coefficients(), plan)
+        if self._trains() and not (self.agnostic or torch.compiler.is_compiling() or capturing(x)):
+            plan, numbers = present_species(plan)  # of many species a batch has few
+            coefficients = self._combine(numbers)
+        else:
+            coefficients = self.coefficients()
+        out = symmetric_contraction(self.problem, x.transpose(1, 2), coefficients, plan)
         return convert_layout(out.reshape(x.shape[0], -1), self.irreps_out, "ir_mul", self.layout_out)
+
+    def _trains(self) -> bool:
+        return torch.is_grad_enabled() and any(w.requires_grad for w in parameters_of(self))
 
     def coefficients(self) -> torch.Tensor:
         """The coefficients [species, rows, C, PACK]; kept until a weight changes, unless gradients must flow."""
-        weights = parameters_of(self)
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(w.requires_grad for w in weights)):
+        if torch.compiler.is_compiling() or self._trains():
             return self._combine()
-        return self._coefficients.get(weights, self._combine)
+        return self._coefficients.get(parameters_of(self), self._combine)
 
-    def _combine(self) -> torch.Tensor:
-        terms = self.table @ torch.cat(parameters_of(self), dim=1)  # [species, rows * PACK, C]
+    def _combine(self, numbers: torch.Tensor | None = None) -> torch.Tensor:
+        """The coefficients of all species, or of those in `numbers`."""
+        weights = torch.cat(parameters_of(self), dim=1)
+        terms = self.table @ (weights if numbers is None else weights[numbers])  # [species, rows * PACK, C]
         packed = terms.reshape(terms.shape[0], self.problem.rows, PACK, self.problem.channels)
         return packed.transpose(2, 3).contiguous()
 

@@ -41,13 +41,14 @@ class GraphPlan(NamedTuple):
         return self.perm.shape[0]
 
 
-def _capturing(tensor: torch.Tensor) -> bool:
+def capturing(tensor: torch.Tensor) -> bool:
+    """Whether work on the tensor's device is being captured in a CUDA graph: then nothing may synchronise."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _check_range(edge_index: torch.Tensor, n_in: int, n_out: int) -> None:
     # One synchronisation per graph. A CUDA graph under capture cannot be asked; its warm-up run was.
-    if edge_index.shape[1] == 0 or _capturing(edge_index):
+    if edge_index.shape[1] == 0 or capturing(edge_index):
         return
     low = edge_index.amin(dim=1)
     high = edge_index.amax(dim=1)
@@ -108,7 +109,7 @@ def graph_plan(edge_index: torch.Tensor, n_in: int, n_out: int, *, by_sender: bo
         raise TypeError(f"edge_index must be int64 or int32, got {edge_index.dtype}")
     if edge_index.ndim != 2 or edge_index.shape[0] != 2:
         raise ValueError(f"edge_index must have shape [2, E], got {list(edge_index.shape)}")
-    if torch.compiler.is_compiling() or edge_index.is_inference() or _capturing(edge_index):
+    if torch.compiler.is_compiling() or edge_index.is_inference() or capturing(edge_index):
         return GraphPlan(edge_index, *_graph_plan(edge_index, n_in, n_out, by_sender), n_in)
     tag = (edge_index._version, n_in, n_out, by_sender)
     if _last is None or _last[0] is not edge_index or _last[1] != tag:
