@@ -19,6 +19,8 @@ from mace.modules.symmetric_contraction import SymmetricContraction as PlainCont
 from .linear_problem import LinearProblem
 from .nn.conv import ConvTP, problem_of
 from .nn.linear import IrrepsLinear
+from .nn.radial_mlp import RadialNet
+from .nn.radial_mlp import problem_of as radial_problem_of
 from .nn.species_linear import SpeciesLinear
 from .nn.species_linear import problem_of as species_problem_of
 from .nn.symmetric_contraction import ReshapeIrreps, SymmetricContraction
@@ -26,7 +28,7 @@ from .nn.symmetric_contraction import problem_of as contraction_problem_of
 from .ops import dispatch
 from .precision import PRESETS, Precision
 
-_OURS = (IrrepsLinear, ConvTP, SpeciesLinear, SymmetricContraction, ReshapeIrreps)
+_OURS = (IrrepsLinear, ConvTP, RadialNet, SpeciesLinear, SymmetricContraction, ReshapeIrreps)
 MODELS = (models.MACE, models.AtomicDipolesMACE, models.AtomicDielectricMACE, models.EnergyDipolesMACE)
 
 
@@ -59,7 +61,14 @@ BLOCKS: dict[type, Inner] = {
 
 # Embeddings and readouts cost nothing beside the rest and their rounding goes straight into the energy (or into every
 # edge weight), so a low-precision policy leaves them as exact as its parameters.
-EXACT = ("node_embedding", "readouts", "embedding_readout", "source_embedding", "target_embedding")
+EXACT = (
+    "node_embedding",
+    "readouts",
+    "embedding_readout",
+    "source_embedding",
+    "target_embedding",
+    "conv_tp_weights",
+)
 
 AMD_TERMS = 128
 """Longer symmetric contractions stay MACE's on AMD GPUs: see "Compile time" in docs/symmetric_contraction.md."""
@@ -257,7 +266,8 @@ def _candidates(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, 
         for key, child in parent.named_children():
             is_conv = key == "conv_tp" and isinstance(child, o3.TensorProduct)
             is_skip = key == "skip_tp" and type(child) is o3.FullyConnectedTensorProduct
-            if type(child) in (o3.Linear, PlainContraction) or is_conv or is_skip:
+            is_radial = key == "conv_tp_weights" and type(child) is nn.FullyConnectedNet
+            if type(child) in (o3.Linear, PlainContraction) or is_conv or is_skip or is_radial:
                 yield f"{prefix}.{key}" if prefix else key, parent, child
 
 
@@ -283,6 +293,8 @@ def _problem(module: torch.nn.Module) -> object:
         return contraction_problem_of(module)[0]
     if isinstance(module, o3.FullyConnectedTensorProduct):
         return species_problem_of(module)[0]
+    if isinstance(module, nn.FullyConnectedNet):
+        return radial_problem_of(module)[0]
     return problem_of(module) if isinstance(module, o3.TensorProduct) else LinearProblem.from_module(module)
 
 
@@ -365,6 +377,8 @@ def _replacement(
         return ConvTP(module, policy.tensor_product, layout_in, layout_out, conversion.deterministic)
     exact = any(part in EXACT for part in name.split("."))
     mode = PRESETS[policy.dtype].linear if exact else policy.linear
+    if isinstance(module, nn.FullyConnectedNet):
+        return RadialNet(module, mode)
     return IrrepsLinear(module, mode, layout_in=layout_in, layout_out=layout_out)
 
 
@@ -405,6 +419,10 @@ def _row(name: str, module: torch.nn.Module, conversion: Conversion | None, dtyp
         layout = f"{module.problem.layout_in} -> {module.problem.layout_out}"
         runs = _runs("channelwise_tp", module.output_mask)
         return Row(name, kind, runs, f"{module.run_storage} weights", layout)
+    if isinstance(module, RadialNet):
+        weight = module.layers[-1].weight
+        runs = _runs("radial_mlp", weight) if module.fused else f"MACE's own code, last layer {_runs('linear', weight)}"
+        return Row(name, kind, runs, module.run_mode, "mul_ir")
     if isinstance(module, SymmetricContraction):
         runs = _runs("symmetric_contraction", module.table)
         return Row(name, kind, runs, dtype, f"ir_mul -> {module.layout_out}")

@@ -130,7 +130,7 @@ def test_any_polynomial(channels, dim_in, dim_out, degree, terms, nodes, budget,
     exact = wanted(problem, data, graph.species, with_q=False)
     sizes = wanted(problem, {key: tensor.abs() for key, tensor in data.items()}, graph.species, with_q=False)
     assert_close(exact[0], direct, sizes[0], terms)
-    tile = tiles.Tile.of(num_warps=1, BLOCK_C=32, TERMS=budget)
+    tile = tiles.Tile.of(num_warps=1, BLOCK_C=32, TERMS=budget, PARTS=64)
     with tiles.forced("symmetric_contraction_coef", tile):
         results = [
             kernels.forward(problem, x, coef, graph),

@@ -1,0 +1,103 @@
+"""MACE's radial network, e3nn's FullyConnectedNet, on our ops."""
+
+from __future__ import annotations
+
+import mace  # noqa: F401  before e3nn, see mace_triton/__init__.py
+import torch
+from e3nn import nn
+
+from ..linear_problem import LinearProblem
+from ..ops.linear import linear
+from ..ops.radial_mlp import MAX_IN, WIDTHS, radial_mlp
+from ..precision import LINEAR_MODES
+from .conv import take_state
+from .derived import Derived
+
+
+class RadialNet(nn.FullyConnectedNet):
+    """`e3nn.nn.FullyConnectedNet` with its last layer on the linear op and, in inference, its hidden layers fused.
+
+    It stays an e3nn FullyConnectedNet (same attributes, state dict and pickling) and shares the tensors of `net`.
+    mode: operand precision, as in `mace_triton.ops.linear.linear`.
+
+    Where the hidden weights are trained, or have widths that `ops.radial_mlp` does not take, e3nn's layers run instead.
+    Raises TypeError when `net` is no plain FullyConnectedNet, ValueError for an unknown mode, and for an activation of
+    the last layer or other variances than e3nn's defaults.
+    """
+
+    def __init__(self, net: nn.FullyConnectedNet, mode: str):
+        torch.nn.Module.__init__(self)
+        if type(net) is not nn.FullyConnectedNet:
+            raise TypeError(f"net must be an e3nn.nn.FullyConnectedNet, got {type(net).__name__}")
+        if mode not in LINEAR_MODES:
+            raise ValueError(f"mode must be one of {LINEAR_MODES}, got {mode!r}")
+        problem, norm = problem_of(net)
+        take_state(self, net)
+        self.problem, self.norm, self.mode = problem, norm, mode
+        self._packed = Derived()
+
+    @property
+    def layers(self) -> list[torch.nn.Module]:
+        return list(self._modules.values())
+
+    @property
+    def fused(self) -> bool:
+        """Whether the kernel takes the hidden layers."""
+        return self.norm is not None
+
+    @property
+    def run_mode(self) -> str:
+        """The mode for the weights' dtype: "fp64" after `.double()`, "tf32x3" after `.float()` of an FP64 network."""
+        double = self.layers[-1].weight.dtype == torch.float64
+        if double != (self.mode == "fp64"):
+            return "fp64" if double else "tf32x3"
+        return self.mode
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Radial features x [E, width_in] -> the weights of conv_tp [E, width_out]."""
+        *hidden, last = self.layers
+        if self.fused and not (torch.is_grad_enabled() and any(layer.weight.requires_grad for layer in hidden)):
+            x = radial_mlp(x, *self._hidden_weights(), norm=self.norm, mode=self.run_mode)
+        else:
+            for layer in hidden:
+                x = layer(x)
+        return linear(self.problem, x, last.weight.reshape(-1), mode=self.run_mode)
+
+    def _hidden_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The hidden layers' weights over the square root of their fan-in: [width_in, H] and [L - 1, H, H]."""
+        weights = [layer.weight for layer in self.layers[:-1]]
+        if torch.compiler.is_compiling():
+            return _pack(weights)
+        return self._packed.get(weights, lambda: _pack(weights))
+
+    def restore(self) -> nn.FullyConnectedNet:
+        """The plain e3nn network with the same tensors."""
+        net = nn.FullyConnectedNet.__new__(nn.FullyConnectedNet)
+        torch.nn.Module.__init__(net)
+        take_state(net, self)
+        for name in ("problem", "norm", "mode", "_packed"):
+            del net.__dict__[name]
+        return net
+
+
+def _pack(weights: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    first, *rest = (w / w.shape[0] ** 0.5 for w in weights)
+    width = first.shape[1]
+    return first, torch.stack(rest) if rest else first.new_empty(0, width, width)
+
+
+def problem_of(net: nn.FullyConnectedNet) -> tuple[LinearProblem, float | None]:
+    """The linear problem of the last layer, and the activation's norm where the kernel takes the hidden layers.
+
+    Raises ValueError for an activation of the last layer, and for other variances than e3nn's defaults.
+    """
+    *hidden, last = net._modules.values()
+    if last.act is not None:
+        raise ValueError("net: its last layer has an activation, which is not supported")
+    if any(variance != 1 for layer in (*hidden, last) for variance in (layer.var_in, layer.var_out)):
+        raise ValueError("net: variance_in and variance_out must be 1")
+    problem = LinearProblem(f"{int(last.h_in)}x0e", f"{int(last.h_out)}x0e")
+    width = net.hs[1]
+    square = len(set(net.hs[1:-1])) == 1 and width in WIDTHS and net.hs[0] <= MAX_IN
+    silu = all(getattr(layer.act, "f", None) is torch.nn.functional.silu for layer in hidden)
+    return problem, float(hidden[0].act.cst) if hidden and square and silu else None
