@@ -16,6 +16,7 @@ BASE = (
     "precision",
     "reference",
     "reference_linear",
+    "reference_radial_mlp",
     "reference_symmetric_contraction",
 )
 LEVELS = dict.fromkeys((*BASE, "kernels"), 0) | {"ops": 1, "nn": 2, "convert": 3}

@@ -25,7 +25,7 @@ from mace_triton.ops import radial_mlp as ops
 from mace_triton.ops.radial_mlp import radial_mlp
 
 MODES = ["fp64", "ieee", "tf32x3", "tf32"]
-OPERAND_ERROR = {"fp64": 2**-53, "ieee": 2**-24, "tf32x3": 2**-20, "tf32": 2**-11}
+OPERAND_ERROR = {"fp64": 2**-53, "ieee": 2**-24, "tf32x3": 2**-24, "tf32": 2**-11}
 NORM = 1.6791767
 SIZES = {"mace": (8, 64, 3), "odd": (13, 32, 2), "single": (10, 16, 1)}
 

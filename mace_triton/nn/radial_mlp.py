@@ -18,7 +18,7 @@ class RadialNet(nn.FullyConnectedNet):
     """`e3nn.nn.FullyConnectedNet` with its last layer on the linear op and, in inference, its hidden layers fused.
 
     It stays an e3nn FullyConnectedNet (same attributes, state dict and pickling) and shares the tensors of `net`.
-    mode: operand precision, as in `mace_triton.ops.linear.linear`; hidden layers take plain FP32 for "tf32x3".
+    mode: operand precision, as in `mace_triton.ops.linear.linear`.
 
     Where the hidden weights are trained, or have widths that `ops.radial_mlp` does not take, e3nn's layers run instead.
     Raises TypeError when `net` is no plain FullyConnectedNet, ValueError for an unknown mode, and for an activation of
@@ -57,9 +57,7 @@ class RadialNet(nn.FullyConnectedNet):
         """Radial features x [E, width_in] -> the weights of conv_tp [E, width_out]."""
         *hidden, last = self.layers
         if self.fused and not (torch.is_grad_enabled() and any(layer.weight.requires_grad for layer in hidden)):
-            # Sums of at most 64 products are more exact in plain FP32 than in 3xTF32, and as fast.
-            mode = "ieee" if self.run_mode == "tf32x3" else self.run_mode
-            x = radial_mlp(x, *self._hidden_weights(), norm=self.norm, mode=mode)
+            x = radial_mlp(x, *self._hidden_weights(), norm=self.norm, mode=self.run_mode)
         else:
             for layer in hidden:
                 x = layer(x)

@@ -106,7 +106,7 @@ def radial_mlp(x: Tensor, first: Tensor, hidden: Tensor, *, norm: float, mode: s
 
     x [E, width_in], first = V_0 [width_in, H], hidden = V_1 .. V_{L-1} [L - 1, H, H]: float64 for mode "fp64", float32
     for the others. The weights are e3nn's over the square root of their fan-in. mode: operand precision of the
-    products ("ieee", "tf32x3", ...). Differentiable in x, to any order; not in the weights.
+    products ("ieee", "tf32", ...; "tf32x3" runs as "ieee"). Differentiable in x, to any order; not in the weights.
 
     Raises ValueError for a wrong shape, device or mode, and for weights that require gradients; TypeError for a dtype.
     """
