@@ -2,9 +2,9 @@
 
 Sums are always FP32 (FP64 in preset "fp64"); parameters stay in `dtype`. MACE itself sums the energies, in `dtype`.
 
-No preset stores the radial weights in 16 bits: MACE's radial network writes them in `dtype`, and rounding them costs
-more memory traffic than the convolution then saves. With such storage the bf16 preset was 3.5 % slower than fp32
-(mp-large, 1536 atoms, one H200).
+No preset stores the radial weights in 16 bits: the radial network writes them in `dtype`, and rounding them costs more
+memory traffic than the convolution then saves. With such storage the bf16 preset was 3.5 % slower than fp32 (mp-large,
+1536 atoms, one H200, when that network was still MACE's).
 """
 
 from __future__ import annotations
@@ -16,6 +16,13 @@ import torch
 LINEAR_MODES = ("fp64", "ieee", "tf32x3", "tf32", "bf16", "fp16")
 STORAGE = ("fp64", "fp32", "bf16", "fp16")
 TORCH_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def mode_for(mode: str, dtype: torch.dtype) -> str:
+    """`mode` for weights of `dtype`: "fp64" after `.double()`, "tf32x3" after `.float()` of an FP64 module."""
+    if (dtype == torch.float64) == (mode == "fp64"):
+        return mode
+    return "fp64" if dtype == torch.float64 else "tf32x3"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from e3nn import o3
 
 from ..linear_problem import LinearProblem
 from ..ops.linear import linear, lowp_weight
-from ..precision import LINEAR_MODES
+from ..precision import LINEAR_MODES, mode_for
 from .derived import Derived
 
 
@@ -56,10 +56,7 @@ class IrrepsLinear(torch.nn.Module):
     @property
     def run_mode(self) -> str:
         """The mode for the weights' dtype: "fp64" after `.double()`, "tf32x3" after `.float()` of an FP64 module."""
-        double = self.weight.dtype == torch.float64
-        if double != (self.mode == "fp64"):
-            return "fp64" if double else "tf32x3"
-        return self.mode
+        return mode_for(self.mode, self.weight.dtype)
 
     def restore(self) -> o3.Linear:
         """The `o3.Linear` (mul_ir) with the same parameters."""

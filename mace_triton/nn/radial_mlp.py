@@ -9,7 +9,7 @@ from e3nn import nn
 from ..linear_problem import LinearProblem
 from ..ops.linear import linear
 from ..ops.radial_mlp import MAX_IN, WIDTHS, radial_mlp
-from ..precision import LINEAR_MODES
+from ..precision import LINEAR_MODES, mode_for
 from .conv import take_state
 from .derived import Derived
 
@@ -48,10 +48,7 @@ class RadialNet(nn.FullyConnectedNet):
     @property
     def run_mode(self) -> str:
         """The mode for the weights' dtype: "fp64" after `.double()`, "tf32x3" after `.float()` of an FP64 network."""
-        double = self.layers[-1].weight.dtype == torch.float64
-        if double != (self.mode == "fp64"):
-            return "fp64" if double else "tf32x3"
-        return self.mode
+        return mode_for(self.mode, self.layers[-1].weight.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Radial features x [E, width_in] -> the weights of conv_tp [E, width_out]."""

@@ -13,7 +13,7 @@ from ..linear_problem import LinearProblem
 from ..ops.linear import lowp_weight
 from ..ops.species import species_plan
 from ..ops.species_linear import species_linear
-from ..precision import LINEAR_MODES
+from ..precision import LINEAR_MODES, mode_for
 from .conv import take_state
 from .derived import Derived
 
@@ -72,10 +72,7 @@ class SpeciesLinear(o3.FullyConnectedTensorProduct):
     @property
     def run_mode(self) -> str:
         """The mode for the weights' dtype: "fp64" after `.double()`, "tf32x3" after `.float()` of an FP64 module."""
-        double = self.weight.dtype == torch.float64
-        if double != (self.mode == "fp64"):
-            return "fp64" if double else "tf32x3"
-        return self.mode
+        return mode_for(self.mode, self.weight.dtype)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
         """x [N, irreps_in1.dim] in layout_in, y [N, species] one-hot -> [N, irreps_out.dim] in layout_out."""
