@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from . import blocks, models, species_blocks, timing
+from . import blocks, models, radial_block, species_blocks, timing
 from .providers import MissingProviderError
 from .rows import OURS, Row
 
-Case = blocks.ConvCase | blocks.LinearCase | species_blocks.SpeciesCase | models.ModelCase
+Case = blocks.ConvCase | blocks.LinearCase | species_blocks.SpeciesCase | radial_block.RadialCase | models.ModelCase
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def prepared(spec: Spec, device: torch.device) -> blocks.Prepared:
 def forget(device: torch.device) -> None:
     """Let go of everything kept between rows."""
     _kept.clear()
-    for kept in (blocks.conv_reference, species_blocks.reference, models.built):
+    for kept in (blocks.conv_reference, species_blocks.reference, radial_block.reference, models.built):
         kept.cache_clear()
     timing.free_memory(device)
 

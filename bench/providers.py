@@ -3,6 +3,7 @@
 conv_tp: call(x [N, dim_in1], y [E, dim_in2], w [E, weights], edge_index [2, E]) -> [N, dim_out]
 linear: call(x [N, dim_in]) -> [N, dim_out], with `weight`, the flat parameter in e3nn's order
 species_linear: call(x [N, dim_in], one_hot [N, Z]) -> [N, dim_out], with `weights`
+radial_mlp: call(x [E, features]) -> [E, weights of conv_tp], with `weights`
 symmetric_contraction: call(x [N, C, 16] in mul_ir or [N, 16, C] in ir_mul, one_hot [N, Z]) -> [N, dim_out], the same
 model: a module called with MACE's dictionary
 
@@ -21,7 +22,7 @@ from functools import lru_cache
 from types import SimpleNamespace
 
 import torch
-from e3nn import o3
+from e3nn import nn, o3
 from torch import Tensor
 
 NAMES = ("e3nn", "cueq", "oeq", "mace_triton")
@@ -329,6 +330,28 @@ def species_linear_mace_triton(
     return Block(module, weights=(module.weight,))
 
 
+def radial_mlp_e3nn(widths: tuple[int, ...], precision: str, device: torch.device) -> Block:
+    """e3nn.nn.FullyConnectedNet with silu, weights of seed 0, as all providers of MACE use it."""
+    need_precision("e3nn", precision, ("fp64", "fp32", "tf32"))
+    with default_dtype(torch.float64), torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.FullyConnectedNet(list(widths), torch.nn.functional.silu)
+    net = net.to(device=device, dtype=model_dtype(precision))
+    return Block(net, weights=tuple(net.parameters()))
+
+
+def radial_mlp_mace_triton(widths: tuple[int, ...], precision: str, device: torch.device) -> Block:
+    """Our RadialNet around `radial_mlp_e3nn`, in the mode that accelerate() gives it."""
+    from mace_triton.nn.radial_mlp import RadialNet
+    from mace_triton.precision import PRESETS
+
+    need_precision("mace_triton", precision, ("fp64", "fp32", "tf32"))
+    plain = radial_mlp_e3nn(widths, "fp64" if precision == "fp64" else "fp32", device).call
+    # accelerate() keeps this network as exact as its parameters; "tf32" here shows what that costs.
+    net = RadialNet(plain, PRESETS[precision].linear)
+    return Block(net, weights=tuple(net.parameters()))
+
+
 def model_e3nn(model: torch.nn.Module, precision: str, device: torch.device, variant: str = "") -> torch.nn.Module:
     """Plain MACE."""
     need_precision("e3nn", precision, ("fp64", "fp32", "tf32"))
@@ -377,6 +400,7 @@ BUILDERS: dict[str, dict[str, Callable]] = {
         "cueq": species_linear_cueq,
         "mace_triton": species_linear_mace_triton,
     },
+    "radial_mlp": {"e3nn": radial_mlp_e3nn, "mace_triton": radial_mlp_mace_triton},
     "symmetric_contraction": {
         "e3nn": contraction_e3nn,
         "cueq": contraction_cueq,

@@ -204,6 +204,7 @@ SECTIONS = (
     ("linear", "Linear behind `conv_tp`"),
     ("species_linear", "Linear with weights of each species (`skip_tp`)"),
     ("symmetric_contraction", "Symmetric contraction"),
+    ("radial_mlp", "Radial network"),
     ("model", "Whole models"),
 )
 

@@ -13,7 +13,19 @@ from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ is not part of the installed package
 
-from bench import bars, blocks, first_use, measure, models, providers, rows, species_blocks, structures, timing
+from bench import (
+    bars,
+    blocks,
+    first_use,
+    measure,
+    models,
+    providers,
+    radial_block,
+    rows,
+    species_blocks,
+    structures,
+    timing,
+)
 from mace_triton import bench_report
 
 CPU = torch.device("cpu")
@@ -88,6 +100,14 @@ def test_providers_with_weights_of_each_species_agree_in_fp64(case, provider):
     comparable = provider != "cueq" or case is SKIP  # cueq keeps the contraction's weights in a basis of its own
     assert ("gw" in row["errors"]) == comparable
     assert row["roofline_percent"] is not None
+
+
+@pytest.mark.parametrize("provider", ["e3nn", "mace_triton"])
+def test_radial_networks_agree_in_fp64(provider):
+    row = row_of(radial_block.RadialCase("small", 24, channels=2), provider, "fp64", "training")
+    assert row["status"] == "ok", row["reason"]
+    assert set(row["errors"]) == {"out", "gx", "gw", "out in training", "gx in training"}
+    assert row["flops"] > 0
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
