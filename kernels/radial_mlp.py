@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .linear import _dot, _supported
+from .linear import _supported
+from .products import dot
 
 
 @triton.jit
@@ -74,7 +75,7 @@ def _rows_of(edge, n_edges, HIDDEN: tl.constexpr):
 @triton.jit
 def _layer(h, weights, MODE: tl.constexpr, INTERPRET: tl.constexpr):
     """z = h V."""
-    return _dot(h, weights, tl.zeros((h.shape[0], weights.shape[1]), h.dtype), MODE, INTERPRET)
+    return dot(h, weights, tl.zeros((h.shape[0], weights.shape[1]), h.dtype), MODE, INTERPRET)
 
 
 @triton.jit(do_not_specialize=["n_edges"])

@@ -16,17 +16,8 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .linear import (
-    _dot,
-    _find_group,
-    _load_rows,
-    _load_weights,
-    _map_mode,
-    _map_plan,
-    _row_places,
-    _store_rows,
-    _wgrad_plan,
-)
+from .linear import _map_mode, _map_plan, _wgrad_plan
+from .products import dot, find_group, load_rows, load_weights, row_places, store_rows
 from .segments import cut, sum_tiles
 
 
@@ -73,7 +64,7 @@ def species_linear_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    group, tile = _find_group(group_ptr, n_nodes, extra, BLOCK_M, BLOCK_N)
+    group, tile = find_group(group_ptr, n_nodes, extra, BLOCK_M, BLOCK_N)
     entry = group_ptr + group * 6
     offset = tl.multiple_of(tl.load(entry), ALIGN)
     mul = tl.multiple_of(tl.load(entry + 1), ALIGN)
@@ -98,15 +89,15 @@ def species_linear_fwd_kernel(
             x_mul = tl.multiple_of(tl.load(block + 1), ALIGN)
             x_first = tl.multiple_of(tl.load(block + 2), BLOCK_K)
             weight = tl.multiple_of(tl.load(block + 3), ALIGN)
-            place = x_offset + _row_places(node, row % dim, width_in, x_mul, X_LAYOUT)
-            x = _load_rows(x_ptr, place, row_mask, x_first, x_mul, dim, BLOCK_C=BLOCK_K, LAYOUT=X_LAYOUT, LANES=LANES,
+            place = x_offset + row_places(node, row % dim, width_in, x_mul, X_LAYOUT)
+            x = load_rows(x_ptr, place, row_mask, x_first, x_mul, dim, BLOCK_C=BLOCK_K, LAYOUT=X_LAYOUT, LANES=LANES,
                            EVEN=EVEN_K)  # fmt: skip
             k = x_first + tl.arange(0, BLOCK_K)
-            w = _load_weights(own_w_ptr + weight, k, column, x_mul, mul, TRANSPOSED, EVEN_K and EVEN_N)
-            acc = _dot(x, w, acc, MODE, INTERPRET)  # [BLOCK_M, BLOCK_N]
+            w = load_weights(own_w_ptr + weight, k, column, x_mul, mul, TRANSPOSED, EVEN_K and EVEN_N)
+            acc = dot(x, w, acc, MODE, INTERPRET)  # [BLOCK_M, BLOCK_N]
         acc *= tl.load(scale_ptr + group).to(acc_dtype)
-        place = offset + _row_places(node, row % dim, width_out, mul, OUT_LAYOUT)
-        _store_rows(out_ptr, acc, place, row_mask, first, mul, dim, OUT_LAYOUT, LANES, EVEN_N)
+        place = offset + row_places(node, row % dim, width_out, mul, OUT_LAYOUT)
+        store_rows(out_ptr, acc, place, row_mask, first, mul, dim, OUT_LAYOUT, LANES, EVEN_N)
 
 
 @triton.jit
@@ -151,13 +142,13 @@ def species_linear_wgrad_kernel(
         for start in range(0, rows, BLOCK_R):
             row = start + tl.arange(0, BLOCK_R)
             node = tl.load(perm_ptr + begin + row // dim, mask=row < rows, other=0)  # [BLOCK_R]
-            x_place = x_offset + _row_places(node, row % dim, width_in, x_mul, X_LAYOUT)
-            g_place = g_offset + _row_places(node, row % dim, width_out, g_mul, G_LAYOUT)
-            x = _load_rows(x_ptr, x_place, row < rows, x_first, x_mul, dim, BLOCK_C=BLOCK_U, LAYOUT=X_LAYOUT,
+            x_place = x_offset + row_places(node, row % dim, width_in, x_mul, X_LAYOUT)
+            g_place = g_offset + row_places(node, row % dim, width_out, g_mul, G_LAYOUT)
+            x = load_rows(x_ptr, x_place, row < rows, x_first, x_mul, dim, BLOCK_C=BLOCK_U, LAYOUT=X_LAYOUT,
                            LANES=LANES, EVEN=EVEN)  # fmt: skip
-            g = _load_rows(g_ptr, g_place, row < rows, g_first, g_mul, dim, BLOCK_C=BLOCK_W, LAYOUT=G_LAYOUT,
+            g = load_rows(g_ptr, g_place, row < rows, g_first, g_mul, dim, BLOCK_C=BLOCK_W, LAYOUT=G_LAYOUT,
                            LANES=LANES, EVEN=EVEN)  # fmt: skip
-            acc = _dot(tl.trans(x), g, acc, MODE, INTERPRET)  # [BLOCK_U, BLOCK_W]
+            acc = dot(tl.trans(x), g, acc, MODE, INTERPRET)  # [BLOCK_U, BLOCK_W]
         acc *= tl.load(scale_ptr + tl.program_id(0)).to(acc_dtype)
         u, w = x_first + tl.arange(0, BLOCK_U), g_first + tl.arange(0, BLOCK_W)
         place = part.to(tl.int64) * weight_numel + weight + u[:, None] * g_mul + w[None, :]

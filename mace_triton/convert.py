@@ -409,12 +409,10 @@ def _is_block(module: torch.nn.Module) -> bool:
 
 def _row(name: str, module: torch.nn.Module, conversion: Conversion | None, dtype: str) -> Row:
     kind = type(module).__name__
-    if isinstance(module, IrrepsLinear):
+    if isinstance(module, (IrrepsLinear, SpeciesLinear)):
         layout = f"{module.problem.layout_in} -> {module.problem.layout_out}"
-        return Row(name, kind, _runs("linear", module.output_mask), module.run_mode, layout)
-    if isinstance(module, SpeciesLinear):
-        layout = f"{module.problem.layout_in} -> {module.problem.layout_out}"
-        return Row(name, kind, _runs("species_linear", module.output_mask), module.run_mode, layout)
+        kernel = "linear" if isinstance(module, IrrepsLinear) else "species_linear"
+        return Row(name, kind, _runs(kernel, module.output_mask), module.run_mode, layout)
     if isinstance(module, ConvTP):
         layout = f"{module.problem.layout_in} -> {module.problem.layout_out}"
         runs = _runs("channelwise_tp", module.output_mask)

@@ -104,6 +104,12 @@ class ChannelwiseTP:
         }
 
 
+def map_lengths(problem: LinearProblem, nodes: int) -> dict[str, int]:
+    """How many products of a linear map are summed into one element, at most, by the letter of the result."""
+    width = max(block.slot_in.mul for block in problem.blocks)
+    return {"out": width, "x": width, "w": max(block.slot_in.dim for block in problem.blocks) * nodes}
+
+
 class Linear:
     """Random inputs of the linear map hidden -> hidden, which is MACE's linear_up; `degree` plays no role."""
 
@@ -133,9 +139,7 @@ class Linear:
 
     def lengths(self) -> dict[str, int]:
         """How many products are summed into one element, at most, by the letter of the result."""
-        blocks = self.problem.blocks
-        width, rows = max(b.slot_in.mul for b in blocks), max(b.slot_in.dim for b in blocks) * self.nodes
-        return {"out": width, "x": width, "w": rows}
+        return map_lengths(self.problem, self.nodes)
 
     def stages(self) -> dict[str, Callable[[], object]]:
         """What is timed, by name."""
@@ -180,9 +184,7 @@ class SpeciesLinear:
 
     def lengths(self) -> dict[str, int]:
         """How many products are summed into one element, at most, by the letter of the result."""
-        blocks = self.problem.blocks
-        width, rows = max(b.slot_in.mul for b in blocks), max(b.slot_in.dim for b in blocks) * self.nodes
-        return {"out": width, "x": width, "w": rows}
+        return map_lengths(self.problem, self.nodes)
 
     def stages(self) -> dict[str, Callable[[], object]]:
         """What is timed, by name."""

@@ -63,6 +63,10 @@ def parameters_of(module: mace_contraction.SymmetricContraction) -> list[torch.T
     return found
 
 
+def _trained(weights: list[torch.Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(w.requires_grad for w in weights)
+
+
 def _merge(u: torch.Tensor, dim: int, degree: int):
     """(component, sorted monomial, row of weights) of the entries of U [2l+1, dim ** degree, P] that share them."""
     component, place = u.abs().sum(dim=-1).nonzero(as_tuple=True)
@@ -100,29 +104,30 @@ class SymmetricContraction(mace_contraction.SymmetricContraction):
         plan = one_species(x.shape[0], x.device) if self.agnostic else species_plan(y)
         if plan is None:
             return convert_layout(super().forward(x, y), self.irreps_out, "mul_ir", self.layout_out)
-        if self._trains() and not (self.agnostic or torch.compiler.is_compiling() or capturing(x)):
+        weights = parameters_of(self)
+        if _trained(weights) and not (self.agnostic or torch.compiler.is_compiling() or capturing(x)):
             plan, numbers = present_species(plan)  # of many species a batch has few
-            coefficients = self._combine(numbers)
+            coefficients = self._combine(weights, numbers)
         else:
-            coefficients = self.coefficients()
+            coefficients = self._coefficients_of(weights)
         out = symmetric_contraction(self.problem, x.transpose(1, 2), coefficients, plan)
         return convert_layout(out.reshape(x.shape[0], -1), self.irreps_out, "ir_mul", self.layout_out)
 
-    def _trains(self) -> bool:
-        return torch.is_grad_enabled() and any(w.requires_grad for w in parameters_of(self))
-
     def coefficients(self) -> torch.Tensor:
         """The coefficients [species, rows, C, PACK]; kept until a weight changes, unless gradients must flow."""
-        if torch.compiler.is_compiling() or self._trains():
-            return self._combine()
-        return self._coefficients.get(parameters_of(self), self._combine)
+        return self._coefficients_of(parameters_of(self))
 
-    def _combine(self, numbers: torch.Tensor | None = None) -> torch.Tensor:
+    def _coefficients_of(self, weights: list[torch.Tensor]) -> torch.Tensor:
+        if torch.compiler.is_compiling() or _trained(weights):
+            return self._combine(weights)
+        return self._coefficients.get(weights, lambda: self._combine(weights))
+
+    def _combine(self, weights: list[torch.Tensor], numbers: torch.Tensor | None = None) -> torch.Tensor:
         """The coefficients of all species, or of those in `numbers`."""
-        weights = torch.cat(parameters_of(self), dim=1)
-        terms = self.table @ (weights if numbers is None else weights[numbers])  # [species, rows * PACK, C]
-        packed = terms.reshape(terms.shape[0], self.problem.rows, PACK, self.problem.channels)
-        return packed.transpose(2, 3).contiguous()
+        packed = torch.cat(weights, dim=1)
+        terms = self.table @ (packed if numbers is None else packed[numbers])  # [species, rows * PACK, C]
+        terms = terms.reshape(terms.shape[0], self.problem.rows, PACK, self.problem.channels)
+        return terms.transpose(2, 3).contiguous()
 
     def restore(self) -> mace_contraction.SymmetricContraction:
         """MACE's module with the same tensors."""

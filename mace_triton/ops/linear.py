@@ -171,6 +171,14 @@ def _check_like(x: Tensor, tensor: Tensor, name: str, shape: tuple[int, ...]) ->
         raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
 
 
+def check_lowp(weight: Tensor, weight_lowp: Tensor | None, mode: str) -> None:
+    """Raise ValueError unless `weight_lowp` looks like `lowp_weight(weight, mode)`, or is None."""
+    if weight_lowp is not None and (
+        weight_lowp.shape != weight.shape or weight_lowp.dtype != TORCH_DTYPES.get(mode, weight.dtype)
+    ):
+        raise ValueError(f"weight_lowp is no copy of weight for mode {mode!r}: make it with lowp_weight(weight, mode)")
+
+
 def linear(
     problem: LinearProblem,
     x: Tensor,
@@ -197,8 +205,5 @@ def linear(
         _check_like(x, bias, "bias", (problem.bias_numel,))
     if residual is not None:
         _check_like(x, residual, "residual", (x.shape[0], problem.dim_out))
-    if weight_lowp is not None and (
-        weight_lowp.shape != weight.shape or weight_lowp.dtype != TORCH_DTYPES.get(mode, weight.dtype)
-    ):
-        raise ValueError(f"weight_lowp is no copy of weight for mode {mode!r}: make it with lowp_weight(weight, mode)")
+    check_lowp(weight, weight_lowp, mode)
     return _linear(x, weight, weight_lowp, bias, residual, problem.key, mode, scale)

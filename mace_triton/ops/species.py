@@ -40,6 +40,14 @@ def plan_of(species: torch.Tensor, count: int) -> SpeciesPlan:
     return SpeciesPlan(*_sorted(species, count))
 
 
+def check_plan(plan: SpeciesPlan, x: torch.Tensor) -> None:
+    """Raise ValueError unless the plan was made for the nodes of x [N, ...], on its device."""
+    if plan.species.shape[0] != x.shape[0]:
+        raise ValueError(f"plan: it was made for {plan.species.shape[0]} nodes, but x has {x.shape[0]}")
+    if plan.species.device != x.device:
+        raise ValueError(f"plan is on {plan.species.device}, x on {x.device}: move them together")
+
+
 def one_species(nodes: int, device: torch.device) -> SpeciesPlan:
     """The plan of nodes that are all alike."""
     perm = torch.arange(nodes, dtype=torch.int32, device=device)

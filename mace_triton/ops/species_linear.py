@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .. import reference_linear as reference
 from ..linear_problem import LinearProblem
-from ..precision import LINEAR_MODES, TORCH_DTYPES
+from ..precision import LINEAR_MODES
 from . import dispatch
-from .linear import _kernel_weight
-from .species import SpeciesPlan
+from .linear import _kernel_weight, check_lowp
+from .species import SpeciesPlan, check_plan
 
 
 def _kernels():
@@ -151,11 +151,9 @@ def _check(problem: LinearProblem, x: Tensor, weight: Tensor, plan: SpeciesPlan,
         raise ValueError(f"weight must have shape {wanted} for this problem and plan, got {list(weight.shape)}")
     if weight.dtype != x.dtype:
         raise TypeError(f"weight must have x's dtype {x.dtype}, got {weight.dtype}")
-    if plan.species.shape[0] != x.shape[0]:
-        raise ValueError(f"plan: it was made for {plan.species.shape[0]} nodes, but x has {x.shape[0]}")
-    for tensor, name in ((weight, "weight"), (plan.species, "plan")):
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: move them together")
+    if weight.device != x.device:
+        raise ValueError(f"weight is on {weight.device}, x on {x.device}: move them together")
+    check_plan(plan, x)
 
 
 def species_linear(
@@ -178,8 +176,5 @@ def species_linear(
     Raises ValueError for a wrong shape, device or mode, or biases; TypeError for a wrong dtype.
     """
     _check(problem, x, weight, plan, mode)
-    if weight_lowp is not None and (
-        weight_lowp.shape != weight.shape or weight_lowp.dtype != TORCH_DTYPES.get(mode, weight.dtype)
-    ):
-        raise ValueError(f"weight_lowp is no copy of weight for mode {mode!r}: make it with lowp_weight(weight, mode)")
+    check_lowp(weight, weight_lowp, mode)
     return _linear(x, weight, weight_lowp, *plan, problem.key, mode, scale)

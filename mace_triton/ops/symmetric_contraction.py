@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import reference_symmetric_contraction as reference
 from ..symmetric_contraction_problem import PACK, SymmetricContractionProblem
 from . import dispatch
-from .species import SpeciesPlan
+from .species import SpeciesPlan, check_plan
 
 STORAGE = {
     torch.float64: torch.float64,
@@ -147,11 +147,9 @@ def _check(problem: SymmetricContractionProblem, x: Tensor, coef: Tensor, plan: 
     wanted = [plan.count, problem.rows, problem.channels, PACK]
     if list(coef.shape) != wanted:
         raise ValueError(f"coef must have shape {wanted} for this problem and plan, got {list(coef.shape)}")
-    if plan.species.shape[0] != x.shape[0]:
-        raise ValueError(f"plan: it was made for {plan.species.shape[0]} nodes, but x has {x.shape[0]}")
-    for tensor, name in ((coef, "coef"), (plan.species, "plan")):
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: move them together")
+    if coef.device != x.device:
+        raise ValueError(f"coef is on {coef.device}, x on {x.device}: move them together")
+    check_plan(plan, x)
     if x.dtype not in STORAGE:
         raise TypeError(f"x must be float64, float32, bfloat16 or float16, got {x.dtype}")
     if coef.dtype != STORAGE[x.dtype]:
