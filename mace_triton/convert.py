@@ -18,6 +18,7 @@ from mace.modules.symmetric_contraction import SymmetricContraction as PlainCont
 
 from .linear_problem import LinearProblem
 from .nn.conv import ConvTP, problem_of
+from .nn.edge_embedding import EdgeHarmonics, EdgeRadial, check_harmonics, kinds_of
 from .nn.linear import IrrepsLinear
 from .nn.radial_mlp import RadialNet
 from .nn.radial_mlp import problem_of as radial_problem_of
@@ -28,7 +29,9 @@ from .nn.symmetric_contraction import problem_of as contraction_problem_of
 from .ops import dispatch
 from .precision import PRESETS, Precision
 
-_OURS = (IrrepsLinear, ConvTP, RadialNet, SpeciesLinear, SymmetricContraction, ReshapeIrreps)
+# e3nn's or MACE's class -> ours, and the check that it can stand in. Whoever the parent is, it calls them alike.
+_EDGE = {o3.SphericalHarmonics: (EdgeHarmonics, check_harmonics), blocks.RadialEmbeddingBlock: (EdgeRadial, kinds_of)}
+_OURS = (IrrepsLinear, ConvTP, RadialNet, SpeciesLinear, SymmetricContraction, ReshapeIrreps, EdgeHarmonics, EdgeRadial)
 MODELS = (models.MACE, models.AtomicDipolesMACE, models.AtomicDielectricMACE, models.EnergyDipolesMACE)
 
 
@@ -171,8 +174,8 @@ def report(model: torch.nn.Module) -> Report:
     """
     check_model(model)
     conversion = getattr(model, "mace_triton", None)
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    rows = [_row(name, module, conversion, dtype) for name, module in model.named_modules() if _is_block(module)]
+    like = next(model.parameters())
+    rows = [_row(name, module, conversion, like) for name, module in model.named_modules() if _is_block(module)]
     name = type(model).__name__
     if conversion is None:
         return Report(f"{name}: plain MACE, not accelerated", tuple(rows))
@@ -267,7 +270,7 @@ def _candidates(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, 
             is_conv = key == "conv_tp" and isinstance(child, o3.TensorProduct)
             is_skip = key == "skip_tp" and type(child) is o3.FullyConnectedTensorProduct
             is_radial = key == "conv_tp_weights" and type(child) is nn.FullyConnectedNet
-            if type(child) in (o3.Linear, PlainContraction) or is_conv or is_skip or is_radial:
+            if type(child) in (o3.Linear, PlainContraction, *_EDGE) or is_conv or is_skip or is_radial:
                 yield f"{prefix}.{key}" if prefix else key, parent, child
 
 
@@ -276,7 +279,7 @@ def _refusal(parent: torch.nn.Module, child: torch.nn.Module) -> str:
     kind = type(parent)
     if isinstance(parent, blocks.InteractionBlock) and kind not in BLOCKS:
         return f"interaction block {kind.__name__} is not known"
-    if kind.__module__ != blocks.__name__:
+    if kind.__module__ != blocks.__name__ and type(child) not in _EDGE:
         return f"{kind.__module__}.{kind.__name__} may use it in its own way"
     try:
         problem = _problem(child)
@@ -289,6 +292,8 @@ def _refusal(parent: torch.nn.Module, child: torch.nn.Module) -> str:
 
 def _problem(module: torch.nn.Module) -> object:
     """The module's problem, whatever its layout; TypeError or ValueError where it has none."""
+    if type(module) in _EDGE:
+        return _EDGE[type(module)][1](module)
     if isinstance(module, PlainContraction):
         return contraction_problem_of(module)[0]
     if isinstance(module, o3.FullyConnectedTensorProduct):
@@ -369,6 +374,8 @@ def _replacement(
 ) -> torch.nn.Module:
     policy = conversion.precision
     layout_in, layout_out = layouts.get(name, ("mul_ir", "mul_ir"))
+    if type(module) in _EDGE:
+        return _EDGE[type(module)][0](module)
     if isinstance(module, PlainContraction):
         return SymmetricContraction(module, layout_out, agnostic=getattr(parent, "use_agnostic_product", False))
     if isinstance(module, o3.FullyConnectedTensorProduct):
@@ -407,8 +414,9 @@ def _is_block(module: torch.nn.Module) -> bool:
     return isinstance(module, (*_OURS, *_SWAPPABLE, *_NO_KERNEL)) and not isinstance(module, ReshapeIrreps)
 
 
-def _row(name: str, module: torch.nn.Module, conversion: Conversion | None, dtype: str) -> Row:
-    kind = type(module).__name__
+def _row(name: str, module: torch.nn.Module, conversion: Conversion | None, like: torch.Tensor) -> Row:
+    """The row of one module of a model whose parameters are like `like`."""
+    kind, dtype = type(module).__name__, str(like.dtype).removeprefix("torch.")
     if isinstance(module, (IrrepsLinear, SpeciesLinear)):
         layout = f"{module.problem.layout_in} -> {module.problem.layout_out}"
         kernel = "linear" if isinstance(module, IrrepsLinear) else "species_linear"
@@ -424,6 +432,8 @@ def _row(name: str, module: torch.nn.Module, conversion: Conversion | None, dtyp
     if isinstance(module, SymmetricContraction):
         runs = _runs("symmetric_contraction", module.table)
         return Row(name, kind, runs, dtype, f"ir_mul -> {module.layout_out}")
+    if isinstance(module, (EdgeHarmonics, EdgeRadial)):
+        return Row(name, kind, _runs("edge_embedding", like), dtype, "mul_ir")
     reason = "not accelerated" if conversion is None else conversion.kept.get(name, "no kernel yet")
     return Row(name, kind, f"MACE's own code: {reason}", dtype, "mul_ir")
 

@@ -15,6 +15,7 @@ BASE = (
     "layout",
     "precision",
     "reference",
+    "reference_edge_embedding",
     "reference_linear",
     "reference_radial_mlp",
     "reference_symmetric_contraction",
