@@ -301,7 +301,7 @@ def test_bad_arguments_are_named(device):
     ):
         arguments = {"r": r, "basis": basis, "constants": constants, "kind": "bessel"} | change
         with pytest.raises(error, match=words):
-            edge_radial(*(arguments.pop(name) for name in ("r", "basis", "constants")), **arguments)
+            edge_radial(**arguments)
     nodes = {"radius": basis, "edge_index": torch.zeros(2, 3, dtype=torch.int64, device=device)}
     with pytest.raises(ValueError, match=r"edge_index must have shape \[2, 4\]"):
         edge_radial(r, basis, constants, kind="bessel", transform="soft", **nodes)
