@@ -381,11 +381,15 @@ def _replacement(
     if isinstance(module, o3.FullyConnectedTensorProduct):
         return SpeciesLinear(module, policy.linear, layout_in, layout_out)
     if isinstance(module, o3.TensorProduct):
-        return ConvTP(module, policy.tensor_product, layout_in, layout_out, conversion.deterministic)
+        written = isinstance(
+            parent.conv_tp_weights, nn.FullyConnectedNet
+        )  # others write `dtype`: a copy would cost more
+        storage = policy.tensor_product if written else policy.dtype
+        return ConvTP(module, storage, layout_in, layout_out, conversion.deterministic)
     exact = any(part in EXACT for part in name.split("."))
     mode = PRESETS[policy.dtype].linear if exact else policy.linear
     if isinstance(module, nn.FullyConnectedNet):
-        return RadialNet(module, mode)
+        return RadialNet(module, mode, policy.linear, policy.tensor_product)
     return IrrepsLinear(module, mode, layout_in=layout_in, layout_out=layout_out)
 
 
@@ -428,7 +432,7 @@ def _row(name: str, module: torch.nn.Module, conversion: Conversion | None, like
     if isinstance(module, RadialNet):
         weight = module.layers[-1].weight
         runs = _runs("radial_mlp", weight) if module.fused else f"MACE's own code, last layer {_runs('linear', weight)}"
-        return Row(name, kind, runs, module.run_mode, "mul_ir")
+        return Row(name, kind, runs, f"{module.run_mode}, last layer {module.run_last_mode}", "mul_ir")
     if isinstance(module, SymmetricContraction):
         runs = _runs("symmetric_contraction", module.table)
         return Row(name, kind, runs, dtype, f"ir_mul -> {module.layout_out}")
