@@ -156,15 +156,18 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def _operand(weight: torch.Tensor, mode: str) -> torch.Tensor:
-    """The weights as the kernels read them: in two parts for "tf32x3"."""
-    if mode != "tf32x3":
-        return weight
+def split(weight: torch.Tensor) -> torch.Tensor:
+    """W' and W'' [2, K width] of the FP32 weights [K width], contiguous."""
     parts = torch.empty(2, weight.numel(), dtype=weight.dtype, device=weight.device)
     block = 1024
     with torch.cuda.device_of(weight):
         linear_scalars_split_kernel[(triton.cdiv(weight.numel(), block),)](weight, parts, weight.numel(), BLOCK=block)
     return parts
+
+
+def _operand(weight: torch.Tensor, mode: str) -> torch.Tensor:
+    """The weights as the kernels read them; "tf32x3" splits what the caller did not."""
+    return split(weight) if mode == "tf32x3" and weight.ndim == 1 else weight
 
 
 def _constants(problem, mode: str, tile: tiles.Tile) -> dict:
@@ -175,7 +178,7 @@ def _constants(problem, mode: str, tile: tiles.Tile) -> dict:
 
 
 def forward(problem, x, weight, bias, mode: str, scale: float, out_dtype: torch.dtype) -> torch.Tensor:
-    """x [N, K] float32 contiguous, weight [K width] in the operands' dtype -> [N, width] of out_dtype."""
+    """x [N, K] float32 contiguous -> [N, width] of out_dtype; weight [K width] in the operands' dtype, or `split`."""
     rows, width = x.shape[0], problem.dim_out
     out = torch.empty(rows, width, dtype=out_dtype, device=x.device)
     if out.numel() == 0:

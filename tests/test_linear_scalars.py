@@ -16,7 +16,7 @@ from mace_triton.kernels import linear_scalars as kernels
 from mace_triton.kernels import offline
 from mace_triton.linear_problem import LinearProblem
 from mace_triton.ops import dispatch
-from mace_triton.ops.linear import linear
+from mace_triton.ops.linear import linear, lowp_weight
 
 OPERAND_ERROR = {"tf32x3": 2**-20, "tf32": 2**-11, "bf16": 2**-7, "fp16": 2**-11}
 STORED = {"tf32x3": [torch.float32], "tf32": [torch.float32, torch.bfloat16]}
@@ -85,6 +85,25 @@ def test_against_fp64(narrow, wide, mode, stored, device, launched):
 @given(st.sampled_from((16, 32, 64, 128)), st.integers(128, 400), st.integers(1, 140), st.sampled_from(PAIRS))
 def test_any_size(narrow, wide, rows, pair):
     check(narrow, wide, rows, *pair, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def test_a_copy_of_the_weights_gives_the_same_bits(device, launched, monkeypatch):
+    problem = problem_of(64, 128)
+    x = torch.randn(5, 64, device=device, requires_grad=True)
+    weight = torch.randn(problem.weight_numel, device=device)
+    for mode in STORED:
+        copy = lowp_weight(weight, mode, problem)
+        assert copy.ndim == (2 if mode == "tf32x3" else 1)
+        pairs = []
+        for lowp in (None, copy):
+            out = linear(problem, x, weight, mode=mode, weight_lowp=lowp)
+            pairs.append((out, *torch.autograd.grad(out.square().sum(), x)))
+        assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
+    monkeypatch.setattr(kernels, "split", lambda weight: pytest.fail("split again"))
+    linear(problem, x, weight, mode="tf32x3", weight_lowp=lowp_weight(weight, "ieee").expand(2, -1).clone())
+    general = problem_of(24, 128)
+    with pytest.raises(ValueError, match="weight_lowp is no copy"):
+        linear(general, x[:, :24], weight[: 24 * 128], mode="tf32x3", weight_lowp=weight[: 24 * 128].expand(2, -1))
 
 
 @pytest.mark.parametrize("mode", STORED)

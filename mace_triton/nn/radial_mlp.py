@@ -76,8 +76,9 @@ class RadialNet(nn.FullyConnectedNet):
         """The last layer, h [E, H] -> [E, width_out] in the storage of the convolution."""
         mode, stored = self.run_last_mode, storage_for(self.storage, weight.dtype)
         flat, lowp = weight.reshape(-1), None
-        if mode in ("bf16", "fp16") and not torch.compiler.is_compiling():
-            lowp = self._last_copy.get((weight,), lambda: lowp_weight(flat, mode), mode)
+        trained = torch.is_grad_enabled() and weight.requires_grad
+        if not trained and not torch.compiler.is_compiling():
+            lowp = self._last_copy.get((weight,), lambda: lowp_weight(flat, mode, self.problem), mode)
         return linear(self.problem, h, flat, mode=mode, weight_lowp=lowp, out_dtype=TORCH_DTYPES[stored])
 
     def _hidden_weights(self) -> tuple[torch.Tensor, torch.Tensor]:

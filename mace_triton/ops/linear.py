@@ -42,9 +42,20 @@ def _kernel_weight(spec: LinearProblem, weight: Tensor, weight_lowp: Tensor | No
     return lowp_weight(weight, mode) if weight_lowp is None else weight_lowp
 
 
-def lowp_weight(weight: Tensor, mode: str) -> Tensor:
-    """The contiguous copy of the weights that `mode` reads: 16 bits for "bf16" and "fp16", else the weights."""
+def lowp_weight(weight: Tensor, mode: str, problem: LinearProblem | None = None) -> Tensor:
+    """The contiguous copy of the weights that `mode` reads: 16 bits for "bf16" and "fp16", else the weights.
+
+    With the problem of a map whose kernels read the weights in two parts ("tf32x3", few scalars to many): the parts.
+    """
+    if problem is not None and _in_parts(problem, weight, mode):
+        return _kernels().linear_scalars.split(weight.detach().contiguous())
     return weight.to(TORCH_DTYPES.get(mode, weight.dtype)).contiguous()
+
+
+def _in_parts(problem: LinearProblem, weight: Tensor, mode: str) -> bool:
+    if mode != "tf32x3" or dispatch.backend(weight) == "reference":
+        return False
+    return _kernels().linear_scalars.fits(problem, mode)
 
 
 @torch.library.custom_op("mace_triton::linear", mutates_args=())
@@ -204,7 +215,7 @@ def linear(
     float64 for mode "fp64", float32 for the others. The output has it too, or is rounded to out_dtype (bfloat16 or
     float16 beside float32), in which its gradient then comes back. `scale` leaves bias and residual alone.
     mode: operand precision of the products, one of "fp64", "ieee", "tf32x3", "tf32", "bf16", "fp16"; sums are FP32
-    (FP64 for "fp64"). weight_lowp: `lowp_weight(weight, mode)`, if the caller keeps such a copy.
+    (FP64 for "fp64"). weight_lowp: `lowp_weight(weight, mode, problem)`, if the caller keeps such a copy.
     Weights and fan-in as in e3nn 0.4.4 `o3.Linear`.
 
     Raises ValueError for a wrong shape, device or mode, TypeError for a wrong dtype.
@@ -214,7 +225,8 @@ def linear(
         _check_like(x, bias, "bias", (problem.bias_numel,))
     if residual is not None:
         _check_like(x, residual, "residual", (x.shape[0], problem.dim_out))
-    check_lowp(weight, weight_lowp, mode)
+    in_parts = weight_lowp is not None and weight_lowp.ndim == 2 and _in_parts(problem, weight, mode)
+    check_lowp(weight, weight_lowp[0] if in_parts else weight_lowp, mode)
     if out_dtype not in (None, x.dtype) and (x.dtype, out_dtype) not in _STORED:
         raise TypeError(f"out_dtype must be x's dtype, or 16 bits where that is float32, got {out_dtype} for {x.dtype}")
     return _linear(x, weight, weight_lowp, bias, residual, problem.key, mode, scale, out_dtype)
