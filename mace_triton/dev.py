@@ -32,12 +32,23 @@ app = typer.Typer(
 )
 console = Console(width=None if sys.stdout.isatty() else 120)
 
-OPS = ("channelwise_tp", "linear", "species_linear", "symmetric_contraction")
+OPS = (
+    "channelwise_tp",
+    "linear",
+    "linear_scalars",
+    "radial_mlp",
+    "edge_embedding",
+    "species_linear",
+    "symmetric_contraction",
+)
 ARCHS = ("sm_80", "sm_90", "gfx942")
 SHAPES = ("small", "medium", "large")
 DTYPES = ("fp64", "fp32", "bf16")
 MODES = {"fp64": ("fp64",), "fp32": ("tf32x3", "tf32", "ieee"), "bf16": ("bf16", "fp16")}
 """Modes of the linear map that belong to a dtype."""
+
+SIZES = ("nodes", "edges", "rows")
+"""By what the tables of tiles count the size of a call."""
 
 Shape = Annotated[str, typer.Option(help="Second layer of MACE-MP small, medium or large.")]
 Dtype = Annotated[str, typer.Option(help="fp64, fp32, or bf16 (weights, operands of products; sums are FP32).")]
@@ -116,9 +127,14 @@ def cases_of(op: str, target: str, shape: str, dtypes: tuple[str, ...]) -> list:
             return []  # it would take the compiler many minutes, see docs/symmetric_contraction.md
         kept = tuple(name for name in dtypes if name != "bf16")  # 16-bit features run the FP32 kernels
         return symmetric_contraction.offline_cases(contraction_problem(shape, 128), target, kept)
-    from .kernels import linear, species_linear
+    if op == "edge_embedding":
+        from .kernels import edge_embedding
 
-    kernels = {"linear": linear, "species_linear": species_linear}[op]
+        return edge_embedding.offline_cases(target, tuple(name for name in dtypes if name != "bf16"))
+    from .kernels import linear, linear_scalars, radial_mlp, species_linear
+
+    files = (linear, linear_scalars, radial_mlp, species_linear)
+    kernels = {file.__name__.rpartition(".")[2]: file for file in files}[op]
     modes = {mode for name in dtypes for mode in MODES[name]}
     return [case for case in kernels.offline_cases(target) if case.name.split()[1] in modes]
 
@@ -301,6 +317,13 @@ _WEIGHTS = {
     "num_warps": (4, 8),
     "PARTS": (32, 64, 128),
 }
+_SCALARS = {
+    "BLOCK_M": (32, 64, 128),
+    "BLOCK_N": (32, 64, 128),
+    "num_warps": (4, 8),
+    "num_stages": (1, 2, 3),
+}
+_EDGES = {"BLOCK_E": (16, 32, 64, 128), "num_warps": (4, 8)}
 CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {
     "channelwise_tp_fwd": _ROWS,
     "channelwise_tp_bwd": _ROWS,
@@ -311,6 +334,12 @@ CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {
     "symmetric_contraction_bwd": {"BLOCK_C": (32, 64)},
     "symmetric_contraction_coef": {"BLOCK_C": (32, 64), "TERMS": (48, 96, 144), "PARTS": (128, 256, 512)},
     "linear_wgrad": _WEIGHTS,
+    "linear_scalars_fwd": _SCALARS | {"PER_PROCESSOR": (1, 2, 3, 4, 6)},
+    "linear_scalars_bwd": _SCALARS,
+    "radial_mlp_fwd": _EDGES,
+    "radial_mlp_bwd": _EDGES,
+    "edge_harmonics": {"BLOCK_E": (64, 128, 256), "num_warps": (2, 4, 8)},
+    "edge_radial": _EDGES,
 }
 """Table -> what `tune` tries, one key after another, each from the best tile so far."""
 
@@ -338,8 +367,10 @@ def tune(
         before = tiles.choose(name, **asked[name])
         best = rank(name, before, calls, small)
         if write and best != before:
-            when = {key: value for key, value in asked[name].items() if key != "nodes"}
-            when |= {"arch": tiles.current_arch(), "nodes_max": nodes}
+            sizes = asked[name] | {"nodes": nodes} if "nodes" in asked[name] else asked[name]
+            size = next(key for key in SIZES if key in sizes)
+            when = {key: value for key, value in sizes.items() if key != size}
+            when |= {"arch": tiles.current_arch(), f"{size}_max": sizes[size]}
             store(path, name, when, best)
             console.print(f"stored in {path}: {name} {json.dumps(when)}", highlight=False)
 
@@ -407,8 +438,9 @@ def store(path: Path, name: str, when: dict, tile) -> None:
 
     table = json.loads(path.read_text())
     rules = [rule for rule in table.get(name, []) if rule["when"] != when]
-    alike = [i for i, rule in enumerate(rules) if {**rule["when"], "nodes_max": when["nodes_max"]} == when]
-    place = max((i + 1 for i in alike if rules[i]["when"].get("nodes_max", math.inf) < when["nodes_max"]), default=0)
+    size = next(f"{key}_max" for key in SIZES if f"{key}_max" in when)
+    alike = [i for i, rule in enumerate(rules) if {**rule["when"], size: when[size]} == when]
+    place = max((i + 1 for i in alike if rules[i]["when"].get(size, math.inf) < when[size]), default=0)
     rule = {"when": when, "block": dict(tile.block), "num_warps": tile.num_warps, "num_stages": tile.num_stages}
     table[name] = [*rules[:place], rule, *rules[place:]]
     lines = (f" {json.dumps(k)}: [\n" + ",\n".join(f"  {json.dumps(r)}" for r in v) + "\n ]" for k, v in table.items())

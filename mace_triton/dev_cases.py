@@ -12,12 +12,20 @@ from typing import ClassVar
 
 import torch
 
-from . import reference, reference_linear, reference_symmetric_contraction
+from . import (
+    reference,
+    reference_edge_embedding,
+    reference_linear,
+    reference_radial_mlp,
+    reference_symmetric_contraction,
+)
 from .linear_problem import LinearProblem
 from .ops import dispatch
 from .ops.channelwise_tp import channelwise_tp
+from .ops.edge_embedding import edge_harmonics, edge_radial
 from .ops.graph import graph_plan
 from .ops.linear import linear, lowp_weight
+from .ops.radial_mlp import radial_mlp
 from .ops.species import plan_of
 from .ops.species_linear import species_linear
 from .ops.symmetric_contraction import STORAGE, symmetric_contraction
@@ -120,8 +128,7 @@ class Linear:
     OPERAND_ERROR: ClassVar[dict[str, float]] = {"fp64": 0.0, "tf32x3": 2**-20, "bf16": 2**-7}
 
     def __init__(self, shape: str, dtype: str, nodes: int, degree: int, channels: int, device: str, seed: int = 0):
-        hidden = HIDDEN[shape].format(c=channels)
-        self.problem = LinearProblem(hidden, hidden, layout_in="mul_ir", layout_out="ir_mul")
+        nodes, self.problem = self.rows_and_problem(shape, nodes, degree, channels)
         self.generator = torch.Generator(device).manual_seed(seed)
         self.mode, self.nodes = self.MODES[dtype], nodes
         like = torch.float64 if dtype == "fp64" else torch.float32
@@ -130,6 +137,12 @@ class Linear:
         self.operand_error = self.OPERAND_ERROR[self.mode]
         work, flops = self.problem.min_bytes(nodes, like.itemsize, like.itemsize), self.problem.flops(nodes)
         self.bytes, self.flops = (dict.fromkeys(self.STAGES, n["forward"]) for n in (work, flops))
+
+    @staticmethod
+    def rows_and_problem(shape: str, nodes: int, degree: int, channels: int) -> tuple[int, LinearProblem]:
+        """How many rows x has, and the map."""
+        hidden = HIDDEN[shape].format(c=channels)
+        return nodes, LinearProblem(hidden, hidden, layout_in="mul_ir", layout_out="ir_mul")
 
     def op(self, x, w) -> torch.Tensor:
         return linear(self.problem, x, w, mode=self.mode)
@@ -150,6 +163,106 @@ class Linear:
             "forward": lambda: ops.linear(x, w, low, None, None, *rest),
             "gradient of x": lambda: ops.linear_grad_x(g, w, low, *rest),
             "gradient of weights": lambda: ops.linear_grad_w(x, g, *rest),
+        }
+
+
+class LinearScalars(Linear):
+    """Random inputs of the radial network's last layer, 64 scalars of each edge to the weights of conv_tp."""
+
+    TABLES = ("linear_scalars_fwd", "linear_scalars_bwd")
+    STAGE_OF: ClassVar[dict[str, str]] = {"linear_scalars_fwd": "forward", "linear_scalars_bwd": "gradient of x"}
+
+    @staticmethod
+    def rows_and_problem(shape: str, nodes: int, degree: int, channels: int) -> tuple[int, LinearProblem]:
+        width = tp_problem(shape, channels).weight_numel
+        return nodes * degree, LinearProblem("64x0e", f"{width}x0e", layout_in="ir_mul", layout_out="ir_mul")
+
+
+class RadialMLP:
+    """Random inputs of the hidden layers of MACE-MP's radial network, the same for every shape."""
+
+    TABLES = ("radial_mlp_fwd", "radial_mlp_bwd")
+    STAGE_OF: ClassVar[dict[str, str]] = {"radial_mlp_fwd": "forward", "radial_mlp_bwd": "gradient of x"}
+    FEATURES, WIDTH, LAYERS, NORM = 10, 64, 3, 1.679
+
+    def __init__(self, shape: str, dtype: str, nodes: int, degree: int, channels: int, device: str, seed: int = 0):
+        self.generator, edges = torch.Generator(device).manual_seed(seed), nodes * degree
+        like = torch.float64 if dtype == "fp64" else torch.float32
+        self.mode = "fp64" if dtype == "fp64" else "tf32x3"  # low precision spares these layers
+        sizes = {"first": (self.FEATURES, self.WIDTH), "hidden": (self.LAYERS - 1, self.WIDTH, self.WIDTH)}
+        self.weights = {name: randn(size, like, self.generator) / size[-2] ** 0.5 for name, size in sizes.items()}
+        self.inputs = {"x": randn((edges, self.FEATURES), like, self.generator)}
+        self.operand_error = Linear.OPERAND_ERROR[self.mode]
+        self.bytes = {"forward": edges * (self.FEATURES + (self.LAYERS + 1) * self.WIDTH) * like.itemsize}
+        self.flops = {"forward": 2 * edges * sum(w.numel() for w in self.weights.values())}
+
+    def op(self, x) -> torch.Tensor:
+        return radial_mlp(x, **self.weights, norm=self.NORM, mode=self.mode)
+
+    def formula(self, x) -> torch.Tensor:
+        weights = (w.double() for w in self.weights.values())
+        return reference_radial_mlp.radial_mlp(x, *weights, self.NORM, "fp64")[0]
+
+    def lengths(self) -> dict[str, int]:
+        """How many products are summed into one element, at most, by the letter of the result."""
+        return dict.fromkeys(("out", "x"), self.LAYERS * self.WIDTH)
+
+    def stages(self) -> dict[str, Callable[[], object]]:
+        """What is timed, by name."""
+        ops, (x,), rest = torch.ops.mace_triton, self.inputs.values(), (*self.weights.values(), self.NORM, self.mode)
+        out, z = ops.radial_mlp(x, *rest)
+        g = randn(out.shape, out.dtype, self.generator)
+        return {
+            "forward": lambda: ops.radial_mlp(x, *rest),
+            "gradient of x": lambda: ops.radial_mlp_bwd(g, x, z, *rest),
+        }
+
+
+class EdgeEmbedding:
+    """Random vectors of 0.5 to 6 angstrom: harmonics to l = 3 and 10 Bessel functions, the same for every shape."""
+
+    TABLES = ("edge_harmonics", "edge_radial")
+    STAGE_OF: ClassVar[dict[str, str]] = {"edge_harmonics": "harmonics", "edge_radial": "radial"}
+    KINDS: ClassVar[dict[str, object]] = {"kind": "bessel", "transform": "none", "cut": True}
+    FEATURES, R_MAX = 10, 6.0
+
+    def __init__(self, shape: str, dtype: str, nodes: int, degree: int, channels: int, device: str, seed: int = 0):
+        self.generator, edges = torch.Generator(device).manual_seed(seed), nodes * degree
+        like = torch.float64 if dtype == "fp64" else torch.float32
+        direction = torch.nn.functional.normalize(randn((edges, 3), like, self.generator))
+        lengths = 0.5 + 5.5 * torch.rand(edges, 1, dtype=like, device=device, generator=self.generator)
+        self.inputs = {"v": direction * lengths}
+        self.basis = math.pi / self.R_MAX * torch.arange(1, self.FEATURES + 1, dtype=like, device=device)
+        factor = math.sqrt(2 / self.R_MAX)
+        self.constants = torch.tensor([self.R_MAX, 5, factor, 0, 0, 0], dtype=torch.float64, device=device)
+        self.operand_error = 0.0 if dtype == "fp64" else 2**-20  # the angle, up to 10 pi, is rounded before its sine
+        self.bytes = {"forward": edges * (3 + 16 + 1 + self.FEATURES) * like.itemsize}
+        self.flops = {}
+
+    def op(self, v) -> torch.Tensor:
+        features, _ = edge_radial(v.norm(dim=1, keepdim=True), self.basis, self.constants, **self.KINDS)
+        return torch.cat((edge_harmonics(v, 3), features), dim=1)
+
+    def formula(self, v) -> torch.Tensor:
+        edge = (v.new_empty(0), torch.empty(2, 0, dtype=torch.int64), self.basis.double(), self.constants)
+        features, _ = reference_edge_embedding.radial(v.norm(dim=1, keepdim=True), edge, tuple(self.KINDS.values()))
+        return torch.cat((reference_edge_embedding.harmonics(v, 16), features), dim=1)
+
+    def lengths(self) -> dict[str, int]:
+        """How many products are summed into one element, at most, by the letter of the result."""
+        return {"out": 16, "v": 16 + self.FEATURES}
+
+    def stages(self) -> dict[str, Callable[[], object]]:
+        """What is timed, by name."""
+        ops, (v,) = torch.ops.mace_triton, self.inputs.values()
+        r, g = v.norm(dim=1, keepdim=True), randn((v.shape[0], 16), v.dtype, self.generator)
+        edge = (r.new_empty(0), torch.empty(2, 0, dtype=torch.int64, device=r.device), self.basis, self.constants)
+        gf, rest = g[:, : self.FEATURES].contiguous(), (*edge, *self.KINDS.values())
+        return {
+            "harmonics": lambda: ops.edge_harmonics(v, 16),
+            "harmonics, backward": lambda: ops.edge_harmonics_bwd(g, v),
+            "radial": lambda: ops.edge_radial(r, *rest),
+            "radial, backward": lambda: ops.edge_radial_bwd(gf, r[:0], r, *rest),
         }
 
 
@@ -247,6 +360,9 @@ class SymmetricContraction:
 CASES = {
     "channelwise_tp": ChannelwiseTP,
     "linear": Linear,
+    "linear_scalars": LinearScalars,
+    "radial_mlp": RadialMLP,
+    "edge_embedding": EdgeEmbedding,
     "species_linear": SpeciesLinear,
     "symmetric_contraction": SymmetricContraction,
 }
