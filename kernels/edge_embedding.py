@@ -15,7 +15,7 @@ polynomial cutoff c, which always takes r itself:
 
     backward  gr = sum_k g_k f_k',   double backward  dg_k = a f_k',  dr = a sum_k g_k f_k''
 
-T and c and their derivatives are numbers of an edge and run in FP64, the basis in the dtype of the features.
+T and its derivatives, a few numbers of an edge, run in FP64, all else in the dtype of the features.
 
 An edge of length zero has Y_l = 0 beyond l = 0, the limit of its radial features, and zero gradients; MACE gives NaN.
 """
@@ -270,15 +270,20 @@ def edge_harmonics_bwd_bwd_kernel(
 def _envelope(r, r_max, p):
     """The polynomial cutoff c, c' and c'' at r: 1 - (p+1)(p+2)/2 u^p + p(p+2) u^(p+1) - p(p+1)/2 u^(p+2), u = r/r_max.
 
-    Its first derivative is -p(p+1)(p+2)/2 u^(p-1) (1 - u)^2 / r_max.
+    c' = -p(p+1)(p+2)/2 u^(p-1) (1-u)^2 / r_max, hence c = (1-u)^3 sum over k < p of (k+1)(k+2)/2 u^k: all terms are
+    positive, so that nothing cancels near r_max.
     """
     u = r / r_max
-    power = tl.where(u > 0, tl.exp((p - 2) * tl.log(tl.where(u > 0, u, 1.0))), 0.0)  # u^(p-2)
-    value = 1 - power * u * u * (0.5 * (p + 1) * (p + 2) - u * (p * (p + 2) - u * (0.5 * p * (p + 1))))
-    slope = -0.5 * p * (p + 1) * (p + 2) * power * (1 - u)
+    rest = 1 - u
+    total, power = tl.zeros_like(u) + 0.5 * p * (p + 1), tl.full(u.shape, 1.0, u.dtype)
+    for back in range(2, p):
+        k = p - back
+        total = total * u + 0.5 * (k + 1) * (k + 2)
+        power *= u
+    slope = -0.5 * p * (p + 1) * (p + 2) * power * rest  # power is u^(p-2)
     inside = r < r_max
-    first = slope * u * (1 - u) / r_max
-    second = slope * (p - 1 - (p + 1) * u) / (r_max * r_max)
+    value = rest * rest * rest * (total * u + 1)
+    first, second = slope * u * rest / r_max, slope * (p - 1 - (p + 1) * u) / (r_max * r_max)
     return tl.where(inside, value, 0.0), tl.where(inside, first, 0.0), tl.where(inside, second, 0.0)
 
 
@@ -349,12 +354,10 @@ def _gaussian(t, w, factor):
 @triton.jit
 def _chebyshev(t, column, WIDTH: tl.constexpr):
     """Chebyshev polynomials of the first kind, degree k + 1 in column k, and two derivatives, by their recurrence."""
-    one = tl.full(t.shape, 1.0, t.dtype)
-    # Triton would take `before2 = now2` for no change of before2 if both began as the same tensor.
-    before, before1, before2 = one, tl.zeros_like(t), tl.zeros_like(t)
-    now, now1, now2 = t, tl.full(t.shape, 1.0, t.dtype), tl.zeros_like(t)
+    one, zero = tl.full(t.shape, 1.0, t.dtype), tl.zeros_like(t)
+    before, before1, before2, now, now1, now2 = one, zero, zero, t, one, zero
     value, first, second = tl.where(column == 0, t, 0.0), tl.where(column == 0, one, 0.0), tl.where(column < 0, t, 0.0)
-    for k in range(1, WIDTH):
+    for k in tl.static_range(1, WIDTH):  # unrolled: a real loop would lose before2, which begins as now2 does
         after, after1 = 2 * t * now - before, 2 * now + 2 * t * now1 - before1
         after2 = 4 * now1 + 2 * t * now2 - before2
         before, before1, before2, now, now1, now2 = now, now1, now2, after, after1, after2
@@ -373,11 +376,11 @@ def _transformed(r, edge, inside, n_edges, radius_ptr, index_ptr, constants_ptr,
         receiver = tl.load(index_ptr + n_edges.to(tl.int64) + edge, mask=inside, other=0)
         total = tl.load(radius_ptr + sender, mask=inside, other=1.0).to(tl.float64)
         total += tl.load(radius_ptr + receiver, mask=inside, other=1.0).to(tl.float64)
-        first = tl.load(constants_ptr + 3)
+        wide, first = r.to(tl.float64), tl.load(constants_ptr + 3)
         if TRANSFORM == "soft":
-            return _soft(r, total, first)
+            return _soft(wide, total, first)
         else:
-            return _agnesi(r, 0.5 * total, first, tl.load(constants_ptr + 4), tl.load(constants_ptr + 5))
+            return _agnesi(wide, 0.5 * total, first, tl.load(constants_ptr + 4), tl.load(constants_ptr + 5))
 
 
 @triton.jit
@@ -401,16 +404,15 @@ def _features(t, t1, t2, c, c1, c2, basis_ptr, constants_ptr, width, BASIS: tl.c
 def _radial(r_ptr, radius_ptr, index_ptr, basis_ptr, constants_ptr, edge, inside, n_edges, width, BASIS: tl.constexpr,
             TRANSFORM: tl.constexpr, CUT: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """The features and the cutoff of each edge with two derivatives, in the dtype of the lengths."""
-    given = tl.load(r_ptr + edge, mask=inside, other=1.0)
-    dtype: tl.constexpr = given.dtype
-    r = given.to(tl.float64)
-    c, c1, c2 = _envelope(r, tl.load(constants_ptr), tl.load(constants_ptr + 1))
+    r = tl.load(r_ptr + edge, mask=inside, other=1.0)
+    dtype: tl.constexpr = r.dtype
+    c, c1, c2 = _envelope(r, tl.load(constants_ptr).to(dtype), tl.load(constants_ptr + 1).to(tl.int32))
     t, t1, t2 = _transformed(r, edge, inside, n_edges, radius_ptr, index_ptr, constants_ptr, TRANSFORM)
-    c, c1, c2, t, t1, t2 = c.to(dtype), c1.to(dtype), c2.to(dtype), t.to(dtype), t1.to(dtype), t2.to(dtype)
+    t, t1, t2 = t.to(dtype), t1.to(dtype), t2.to(dtype)
     k, k1, k2 = c, c1, c2
     if not CUT:
         k, k1, k2 = tl.full(c.shape, 1.0, dtype), tl.zeros_like(c), tl.zeros_like(c)
-    moves = (given > 0).to(dtype)  # an edge of length zero has no direction to move in
+    moves = (r > 0).to(dtype)  # an edge of length zero has no direction to move in
     t1, t2, k1, k2 = t1 * moves, t2 * moves, k1 * moves, k2 * moves
     f, f1, f2 = _features(t[:, None], t1[:, None], t2[:, None], k[:, None], k1[:, None], k2[:, None], basis_ptr,
                           constants_ptr, width, BASIS, BLOCK_K)  # fmt: skip

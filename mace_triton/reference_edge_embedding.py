@@ -111,13 +111,16 @@ Derivatives = tuple[Tensor, Tensor, Tensor]
 """A value and its first two derivatives."""
 
 
-def _envelope(r: Tensor, r_max: Tensor, p: Tensor) -> Derivatives:
+def _envelope(r: Tensor, r_max: Tensor, p: int) -> Derivatives:
+    """The polynomial cutoff, as (1-u)^3 times a sum of positive terms: see the kernel's file."""
     u = r / r_max
-    power = torch.where(u > 0, u, 1.0).pow(p - 2) * (u > 0)
-    value = 1 - power * u * u * (0.5 * (p + 1) * (p + 2) - u * (p * (p + 2) - u * (0.5 * p * (p + 1))))
-    slope = -0.5 * p * (p + 1) * (p + 2) * power * (1 - u)
+    rest, power, total = 1 - u, u ** (p - 2), torch.full_like(u, 0.5 * p * (p + 1))
+    for k in range(p - 2, -1, -1):
+        total = total * u + 0.5 * (k + 1) * (k + 2)
+    slope = -0.5 * p * (p + 1) * (p + 2) * power * rest
     inside = r < r_max
-    return value * inside, slope * u * (1 - u) / r_max * inside, slope * (p - 1 - (p + 1) * u) / r_max**2 * inside
+    value, second = rest**3 * total, slope * (p - 1 - (p + 1) * u) / r_max**2
+    return value * inside, slope * u * rest / r_max * inside, second * inside
 
 
 def _agnesi(r: Tensor, r0: Tensor, a: Tensor, q: Tensor, p: Tensor) -> Derivatives:
@@ -174,7 +177,8 @@ def _radial(r: Tensor, edge: tuple[Tensor, ...], kinds: tuple[str, str, bool]) -
     if transform != "none":
         total = (radius[index[0]].double() + radius[index[1]].double()).unsqueeze(1)
         t = _soft(wide, total, rest[0]) if transform == "soft" else _agnesi(wide, 0.5 * total, *rest)
-    (t, t1, t2), (c, c1, c2) = (tuple(x.to(r.dtype) for x in v) for v in (t, _envelope(wide, r_max, p)))
+    t, t1, t2 = (x.to(r.dtype) for x in t)
+    c, c1, c2 = _envelope(r, r_max.to(r.dtype), int(p))
     t1, t2, c1, c2 = (x * moves for x in (t1, t2, c1, c2))  # an edge of length zero has no direction to move in
     k, k1, k2 = (c, c1, c2) if cut else (torch.ones_like(c), torch.zeros_like(c), torch.zeros_like(c))
     factor = factor.to(r.dtype)
