@@ -13,9 +13,9 @@ from e3nn import nn, o3
 from mace.calculators import foundations_models as foundations
 from mace.modules import blocks, models
 from mace.modules.irreps_tools import reshape_irreps
-from mace.modules.radial import RadialMLP
 from mace.modules.symmetric_contraction import SymmetricContraction as PlainContraction
 
+from .coverage import HOSTS, foreign_reason, kept_reason
 from .linear_problem import LinearProblem
 from .nn.conv import ConvTP, problem_of
 from .nn.linear import IrrepsLinear
@@ -60,7 +60,8 @@ BLOCKS: dict[type, Inner] = {
 }
 
 # Embeddings and readouts cost nothing beside the rest and their rounding goes straight into the energy (or into every
-# edge weight), so a low-precision policy leaves them as exact as its parameters.
+# edge weight, or into charges that act at any distance), so a low-precision policy leaves them as exact as its
+# parameters.
 EXACT = (
     "node_embedding",
     "readouts",
@@ -68,7 +69,11 @@ EXACT = (
     "source_embedding",
     "target_embedding",
     "conv_tp_weights",
+    "density_fn",
+    *("lr_source_maps", "fukui_source_map", "field_dependent_charges_maps", "local_electron_energy"),  # PolarMACE
+    "les_readouts",
 )
+RADIAL = ("conv_tp_weights", "density_fn")
 
 AMD_TERMS = 128
 """Longer symmetric contractions stay MACE's on AMD GPUs: see "Compile time" in docs/symmetric_contraction.md."""
@@ -172,7 +177,7 @@ def report(model: torch.nn.Module) -> Report:
     check_model(model)
     conversion = getattr(model, "mace_triton", None)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    rows = [_row(name, module, conversion, dtype) for name, module in model.named_modules() if _is_block(module)]
+    rows = [_row(name, module, conversion, dtype) for name, module in _blocks(model)]
     name = type(model).__name__
     if conversion is None:
         return Report(f"{name}: plain MACE, not accelerated", tuple(rows))
@@ -261,14 +266,16 @@ def _policy(model: torch.nn.Module, precision: str | Precision | None) -> Precis
 
 
 def _candidates(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, torch.nn.Module]]:
-    """(name, parent, module) of every module that has a kernel of ours."""
+    """(name, user, module) of every module that has a kernel of ours; a list's modules are used by its parent."""
     for prefix, parent in model.named_modules():
+        in_list = type(parent) is torch.nn.ModuleList
+        user = model.get_submodule(prefix.rpartition(".")[0]) if in_list else parent
         for key, child in parent.named_children():
             is_conv = key == "conv_tp" and isinstance(child, o3.TensorProduct)
             is_skip = key == "skip_tp" and type(child) is o3.FullyConnectedTensorProduct
-            is_radial = key == "conv_tp_weights" and type(child) is nn.FullyConnectedNet
+            is_radial = key in RADIAL and type(child) is nn.FullyConnectedNet
             if type(child) in (o3.Linear, PlainContraction) or is_conv or is_skip or is_radial:
-                yield f"{prefix}.{key}" if prefix else key, parent, child
+                yield f"{prefix}.{key}" if prefix else key, user, child
 
 
 def _refusal(parent: torch.nn.Module, child: torch.nn.Module) -> str:
@@ -276,7 +283,7 @@ def _refusal(parent: torch.nn.Module, child: torch.nn.Module) -> str:
     kind = type(parent)
     if isinstance(parent, blocks.InteractionBlock) and kind not in BLOCKS:
         return f"interaction block {kind.__name__} is not known"
-    if kind.__module__ != blocks.__name__:
+    if kind.__module__ not in HOSTS:
         return f"{kind.__module__}.{kind.__name__} may use it in its own way"
     try:
         problem = _problem(child)
@@ -395,16 +402,20 @@ def _swap(model: torch.nn.Module, name: str, new: torch.nn.Module) -> None:
 
 
 _SWAPPABLE = (o3.Linear, o3.TensorProduct, PlainContraction)
-_NO_KERNEL = (
-    o3.SphericalHarmonics,
-    blocks.RadialEmbeddingBlock,
-    nn.FullyConnectedNet,
-    RadialMLP,
-)
+_NO_KERNEL = (o3.SphericalHarmonics, blocks.RadialEmbeddingBlock)
 
 
-def _is_block(module: torch.nn.Module) -> bool:
-    return isinstance(module, (*_OURS, *_SWAPPABLE, *_NO_KERNEL)) and not isinstance(module, ReshapeIrreps)
+def _blocks(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The modules that `report` has a row for; of another package's module only the whole."""
+    whole = ()
+    for name, module in model.named_modules():
+        if name.startswith(whole):
+            continue
+        if foreign_reason(module):
+            whole = (*whole, f"{name}.")
+        known = isinstance(module, (*_OURS, *_SWAPPABLE, *_NO_KERNEL)) or kept_reason(module)
+        if known and not isinstance(module, ReshapeIrreps):
+            yield name, module
 
 
 def _row(name: str, module: torch.nn.Module, conversion: Conversion | None, dtype: str) -> Row:
@@ -424,7 +435,9 @@ def _row(name: str, module: torch.nn.Module, conversion: Conversion | None, dtyp
     if isinstance(module, SymmetricContraction):
         runs = _runs("symmetric_contraction", module.table)
         return Row(name, kind, runs, dtype, f"ir_mul -> {module.layout_out}")
-    reason = "not accelerated" if conversion is None else conversion.kept.get(name, "no kernel yet")
+    reason = "not accelerated"
+    if conversion is not None:
+        reason = conversion.kept.get(name) or kept_reason(module) or "no kernel yet"
     return Row(name, kind, f"MACE's own code: {reason}", dtype, "mul_ir")
 
 
