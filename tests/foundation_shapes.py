@@ -32,7 +32,7 @@ _DENSITY = _MP0 | {
     "pair_repulsion": True,
     "distance_transform": "Agnesi",
 }
-# OFF23, script: --model=MACE, for which MACE itself puts RealAgnosticInteractionBlock first; parser: 8 Bessel functions.
+# OFF23, script: --model=MACE, for which MACE puts RealAgnosticInteractionBlock first. Parser: 8 Bessel functions.
 _OFF = {
     "elements": mm.OFF_ELEMENTS,
     "r_max": 5.0,
