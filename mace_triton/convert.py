@@ -13,12 +13,14 @@ from e3nn import nn, o3
 from mace.calculators import foundations_models as foundations
 from mace.modules import blocks, models
 from mace.modules.irreps_tools import reshape_irreps
+from mace.modules.radial import RadialMLP
 from mace.modules.symmetric_contraction import SymmetricContraction as PlainContraction
 
 from .coverage import HOSTS, foreign_reason, kept_reason
 from .linear_problem import LinearProblem
 from .nn.conv import ConvTP, problem_of
 from .nn.linear import IrrepsLinear
+from .nn.norm_mlp import NormNet, problems_of
 from .nn.radial_mlp import RadialNet
 from .nn.radial_mlp import problem_of as radial_problem_of
 from .nn.species_linear import SpeciesLinear
@@ -28,7 +30,7 @@ from .nn.symmetric_contraction import problem_of as contraction_problem_of
 from .ops import dispatch
 from .precision import PRESETS, Precision
 
-_OURS = (IrrepsLinear, ConvTP, RadialNet, SpeciesLinear, SymmetricContraction, ReshapeIrreps)
+_OURS = (IrrepsLinear, ConvTP, RadialNet, NormNet, SpeciesLinear, SymmetricContraction, ReshapeIrreps)
 MODELS = (models.MACE, models.AtomicDipolesMACE, models.AtomicDielectricMACE, models.EnergyDipolesMACE)
 
 
@@ -274,7 +276,7 @@ def _candidates(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, 
             is_conv = key == "conv_tp" and isinstance(child, o3.TensorProduct)
             is_skip = key == "skip_tp" and type(child) is o3.FullyConnectedTensorProduct
             is_radial = key in RADIAL and type(child) is nn.FullyConnectedNet
-            if type(child) in (o3.Linear, PlainContraction) or is_conv or is_skip or is_radial:
+            if type(child) in (o3.Linear, PlainContraction, RadialMLP) or is_conv or is_skip or is_radial:
                 yield f"{prefix}.{key}" if prefix else key, user, child
 
 
@@ -302,6 +304,8 @@ def _problem(module: torch.nn.Module) -> object:
         return species_problem_of(module)[0]
     if isinstance(module, nn.FullyConnectedNet):
         return radial_problem_of(module)[0]
+    if isinstance(module, RadialMLP):
+        return problems_of(module)[0]
     return problem_of(module) if isinstance(module, o3.TensorProduct) else LinearProblem.from_module(module)
 
 
@@ -386,6 +390,8 @@ def _replacement(
     mode = PRESETS[policy.dtype].linear if exact else policy.linear
     if isinstance(module, nn.FullyConnectedNet):
         return RadialNet(module, mode)
+    if isinstance(module, RadialMLP):
+        return NormNet(module, mode)
     return IrrepsLinear(module, mode, layout_in=layout_in, layout_out=layout_out)
 
 
@@ -428,9 +434,10 @@ def _row(name: str, module: torch.nn.Module, conversion: Conversion | None, dtyp
         layout = f"{module.problem.layout_in} -> {module.problem.layout_out}"
         runs = _runs("channelwise_tp", module.output_mask)
         return Row(name, kind, runs, f"{module.run_storage} weights", layout)
-    if isinstance(module, RadialNet):
-        weight = module.layers[-1].weight
-        runs = _runs("radial_mlp", weight) if module.fused else f"MACE's own code, last layer {_runs('linear', weight)}"
+    if isinstance(module, (RadialNet, NormNet)):
+        weight = next(module.parameters())
+        hidden = _runs("radial_mlp" if isinstance(module, RadialNet) else "norm_mlp", weight)
+        runs = hidden if module.fused else f"MACE's own code, last layer {_runs('linear', weight)}"
         return Row(name, kind, runs, module.run_mode, "mul_ir")
     if isinstance(module, SymmetricContraction):
         runs = _runs("symmetric_contraction", module.table)

@@ -12,7 +12,6 @@ HOSTS = (blocks.__name__, field_blocks.__name__, lora.__name__)
 
 KEPT: dict[type, str] = {
     nn.FullyConnectedNet: "a network on the nodes; only the radial ones of the edges have a kernel",
-    radial.RadialMLP: "the kernel of the hidden layers has no bias and no LayerNorm",
     radial.ZBLBasis: "elementwise sums over the edges without trained matrices; no kernel fuses them",
     gate.GatedEquivariantBlock: "elementwise on the nodes; no kernel fuses it into the linears beside it",
     embeddings.GenericJointEmbedding: "a look-up of one row a graph and one matrix product; PyTorch's are as good",

@@ -101,6 +101,8 @@ def ops_of(model: torch.nn.Module) -> set[str]:
         ops.add("species_linear_fwd")
     if "RadialNet" in kinds:
         ops |= {"radial_mlp_fwd", "radial_mlp_bwd"}
+    if "NormNet" in kinds:
+        ops |= {"norm_mlp_fwd", "norm_mlp_bwd"}
     return ops
 
 

@@ -18,6 +18,7 @@ BASE = (
     "reference",
     "reference_linear",
     "reference_radial_mlp",
+    "reference_norm_mlp",
     "reference_symmetric_contraction",
 )
 LEVELS = dict.fromkeys((*BASE, "kernels"), 0) | {"ops": 1, "nn": 2, "convert": 3}
