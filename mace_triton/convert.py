@@ -14,6 +14,7 @@ from mace.calculators import foundations_models as foundations
 from mace.modules import blocks, models
 from mace.modules.irreps_tools import reshape_irreps
 from mace.modules.radial import RadialMLP
+from mace.modules.symmetric_contraction import EmptyParam
 from mace.modules.symmetric_contraction import SymmetricContraction as PlainContraction
 
 from .coverage import HOSTS, foreign_reason, kept_reason
@@ -162,7 +163,8 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
     Raises TypeError or ValueError for the models that `accelerate` refuses.
     """
     check_model(model)
-    plain = copy.deepcopy(model)
+    # MACE's EmptyParam, the weight of paths that do not exist (use_so3), cannot be deep-copied by PyTorch.
+    plain = copy.deepcopy(model, {id(p): EmptyParam(p.detach()) for p in model.parameters() if type(p) is EmptyParam})
     with torch.random.fork_rng(devices=[]):  # e3nn draws weights that the restored ones replace
         for name, module in list(plain.named_modules()):
             if isinstance(module, _OURS):

@@ -216,13 +216,60 @@ def test_certificate_is_of_the_charge_that_the_structure_has(device, reference_p
     assert energies[0] != energies[1]
 
 
-@pytest.mark.parametrize("radial", ["gaussian", "bessel"])
-@pytest.mark.parametrize("transform", ["Agnesi", "Soft", "None"])
-def test_radial_bases_and_pair_repulsion(radial, transform, device, reference_path):
-    changes = {"radial_type": radial, "distance_transform": transform, "pair_repulsion": True}
-    model = frozen(fs.build("off23-small", device, shrink=12, **changes))
+PER_NODE = {"type": "continuous", "per": "node", "in_dim": 1, "emb_dim": 4}
+OPTIONS: dict[str, tuple[str, dict]] = {
+    "so3": ("off-medium", {"use_so3": True}),  # has weights of paths that do not exist
+    "nonlinear-so3": ("nonlinear", {"use_so3": True}),
+    "embedding-readout": ("multi-head", {"embedding_specs": {"charges": PER_NODE}, "use_embedding_readout": True}),
+    "last-readout-only": ("off-medium", {"use_last_readout_only": True}),
+    "one-layer": ("off-medium", {"num_interactions": 1}),
+    "all-irreps-kept": ("off-medium", {"keep_last_layer_irreps": True}),
+    "two-correlations": ("off-medium", {"correlation": [2, 3]}),
+    "gaussians": ("off-small", {"radial_type": "gaussian", "distance_transform": "Soft", "pair_repulsion": True}),
+    "chebyshev": ("off-small", {"radial_type": "chebyshev", "distance_transform": "Agnesi"}),
+    "radial-widths": ("off-medium", {"radial_MLP": [16, 32]}),
+    "radial-linear": ("nonlinear", {"radial_MLP": []}),
+    "density-edges": ("density", {"edge_irreps": fs.irreps((4, 1)), "use_edge_irreps_first": True}),
+    "density-no-cutoff": ("density", {"apply_cutoff": False}),
+    "first-nonlinear": ("off-medium", {"interaction_cls_first": mm.NONLINEAR}),
+}
+"""What MACE's command line can change beside the families: name -> (model of mace_models, arguments)."""
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_agree(name, device, reference_path):
+    base, changes = OPTIONS[name]
+    model = frozen(mm.build(base, device=device, channels=8, elements=(1, 6, 8), **changes))
+    fast = frozen(mt.accelerate(model, strict=True))
     batch = fs.random_batch(model, seed=5)
-    agree(mm.evaluate(frozen(mt.accelerate(model, strict=True)), batch), mm.evaluate(model, batch))
+    dispatch.calls.clear()
+    got = mm.evaluate(fast, batch)
+    ran(*CONV)
+    agree(got, mm.evaluate(model, batch))
+    assert mt.restore(fast).state_dict().keys() == model.state_dict().keys()
+
+
+def test_harmonics_above_three_keep_maces_product(device, reference_path):
+    model = frozen(mm.build("off-small", device=device, channels=8, elements=(1, 6, 8), max_ell=4, correlation=2))
+    fast = frozen(mt.accelerate(model))
+    batch = fs.random_batch(model, seed=5)
+    agree(mm.evaluate(fast, batch), mm.evaluate(model, batch))
+    rows = {row.block: row.runs for row in mt.report(fast).rows}
+    assert "supported are l <= 3" in rows["interactions.1.conv_tp"]
+    with pytest.raises(ValueError, match=r"interactions\.0\.conv_tp: .*supported are l <= 3"):
+        mt.accelerate(model, strict=True)
+
+
+def test_the_kernels_themselves_agree(device):
+    """On a CPU this runs the Triton kernels in the interpreter, so the structure is tiny."""
+    model = plain("mh-1", device)
+    fast = frozen(mt.accelerate(model))
+    batch = fs.batch_of(model, mm.random_structures([1, 6, 8], seed=7, n_atoms=2)[1:2])
+    dispatch.calls.clear()
+    got = mm.evaluate(fast, batch)
+    assert {backend for _, backend in dispatch.calls} == {"triton"}
+    ran(*ops_of(fast))
+    agree(got, mm.evaluate(model, batch))
 
 
 DIPOLES = {
