@@ -439,7 +439,8 @@ def _row(name: str, module: torch.nn.Module, conversion: Conversion | None, dtyp
     if isinstance(module, (RadialNet, NormNet)):
         weight = next(module.parameters())
         hidden = _runs("radial_mlp" if isinstance(module, RadialNet) else "norm_mlp", weight)
-        runs = hidden if module.fused else f"MACE's own code, last layer {_runs('linear', weight)}"
+        linear = _runs("linear", weight)
+        runs = linear if module.depth == 1 else hidden if module.fused else f"MACE's own code, ends {linear}"
         return Row(name, kind, runs, module.run_mode, "mul_ir")
     if isinstance(module, SymmetricContraction):
         runs = _runs("symmetric_contraction", module.table)

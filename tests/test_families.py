@@ -155,7 +155,7 @@ def check_report(fast: torch.nn.Module) -> None:
             assert any(f"{name}.".startswith(f"{block}.") for block in rows), f"{name} is in no row"
     reasons = [runs.removeprefix("MACE's own code") for runs in rows.values() if runs.startswith("MACE's own code")]
     assert all(len(reason) > 5 for reason in reasons)
-    for key in ("linear_up", "linear", "conv_tp", "skip_tp", "symmetric_contractions"):
+    for key in ("linear_up", "linear", "conv_tp", "conv_tp_weights", "density_fn", "skip_tp", "symmetric_contractions"):
         assert not any(runs.startswith("MACE") for block, runs in rows.items() if block.endswith(f".{key}")), rows
 
 

@@ -36,6 +36,11 @@ class NormNet(RadialMLP):
         self._packed, self._first, self._last = Derived(), Derived(), Derived()
 
     @property
+    def depth(self) -> int:
+        """The number of linear layers."""
+        return len(self.net) // 3 + 1
+
+    @property
     def fused(self) -> bool:
         """Whether the kernel takes the layers between the first and the last."""
         norms = [layer for layer in self.net if isinstance(layer, torch.nn.LayerNorm)]

@@ -42,6 +42,11 @@ class RadialNet(nn.FullyConnectedNet):
         return list(self._modules.values())
 
     @property
+    def depth(self) -> int:
+        """The number of linear layers."""
+        return len(self.layers)
+
+    @property
     def fused(self) -> bool:
         """Whether the kernel takes the hidden layers."""
         return self.norm is not None
