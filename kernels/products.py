@@ -132,6 +132,19 @@ def dot(a, b, acc, MODE: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def exp(x):
+    """exp(x) to the last bits: 2^n 2^f with |f| <= 1/2, as the fast exponential of x itself would lose a bit for each
+    doubling of x."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        n = tl.floor(1.4426950216293335 * x + 0.5)
+        f = tl.fma(x, tl.full(x.shape, 1.4426950216293335, tl.float32), -n)  # log2(e) in two parts
+        f = tl.fma(x, tl.full(x.shape, 1.9259629911266175e-08, tl.float32), f)
+        return tl.exp2(n) * tl.exp2(f)
+
+
+@triton.jit
 def find_group(group_ptr, n_nodes, extra, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(group, tile inside the group) of this program: groups lie one after another in the grid.
 

@@ -21,20 +21,16 @@ import triton.language as tl
 
 from . import tiles
 from .linear import _supported
-from .products import dot
+from .products import dot, exp
 
 
 @triton.jit
 def _sigmoid(z):
-    """1 / (1 + exp(-z)) to the last bits: exp(-z) is 2^n 2^r with |r| <= 1/2, as the fast exponential of -z itself
-    would lose a bit for each doubling of z."""
+    """1 / (1 + exp(-z)) to the last bits."""
     if z.dtype == tl.float64:
-        return 1.0 / (1.0 + tl.exp(-z))
+        return 1.0 / (1.0 + exp(-z))
     else:
-        n = tl.floor(-1.4426950216293335 * z + 0.5)
-        r = tl.fma(-z, tl.full(z.shape, 1.4426950216293335, tl.float32), -n)  # log2(e) in two parts
-        r = tl.fma(-z, tl.full(z.shape, 1.9259629911266175e-08, tl.float32), r)
-        return tl.div_rn(tl.full(z.shape, 1.0, tl.float32), 1.0 + tl.exp2(n) * tl.exp2(r))
+        return tl.div_rn(tl.full(z.shape, 1.0, tl.float32), 1.0 + exp(-z))
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from mace.modules.symmetric_contraction import SymmetricContraction as PlainCont
 from .coverage import HOSTS, foreign_reason, kept_reason
 from .linear_problem import LinearProblem
 from .nn.conv import ConvTP, problem_of
+from .nn.edge_embedding import EdgeHarmonics, EdgeRadial, check_harmonics, kinds_of
 from .nn.linear import IrrepsLinear
 from .nn.norm_mlp import NormNet, problems_of
 from .nn.radial_mlp import RadialNet
@@ -31,7 +32,12 @@ from .nn.symmetric_contraction import problem_of as contraction_problem_of
 from .ops import dispatch
 from .precision import PRESETS, Precision
 
-_OURS = (IrrepsLinear, ConvTP, RadialNet, NormNet, SpeciesLinear, SymmetricContraction, ReshapeIrreps)
+# e3nn's or MACE's class -> ours, and the check that it can stand in. Whoever the parent is, it calls them alike.
+_EDGE = {o3.SphericalHarmonics: (EdgeHarmonics, check_harmonics), blocks.RadialEmbeddingBlock: (EdgeRadial, kinds_of)}
+_OURS = (
+    *(IrrepsLinear, ConvTP, RadialNet, NormNet, SpeciesLinear, SymmetricContraction, ReshapeIrreps),
+    *(EdgeHarmonics, EdgeRadial),
+)
 MODELS = (models.MACE, models.AtomicDipolesMACE, models.AtomicDielectricMACE, models.EnergyDipolesMACE)
 
 
@@ -180,8 +186,8 @@ def report(model: torch.nn.Module) -> Report:
     """
     check_model(model)
     conversion = getattr(model, "mace_triton", None)
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    rows = [_row(name, module, conversion, dtype) for name, module in _blocks(model)]
+    like = next(model.parameters())
+    rows = [_row(name, module, conversion, like) for name, module in _blocks(model)]
     name = type(model).__name__
     if conversion is None:
         return Report(f"{name}: plain MACE, not accelerated", tuple(rows))
@@ -278,7 +284,8 @@ def _candidates(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, 
             is_conv = key == "conv_tp" and isinstance(child, o3.TensorProduct)
             is_skip = key == "skip_tp" and type(child) is o3.FullyConnectedTensorProduct
             is_radial = key in RADIAL and type(child) is nn.FullyConnectedNet
-            if type(child) in (o3.Linear, PlainContraction, RadialMLP) or is_conv or is_skip or is_radial:
+            plain = type(child) in (o3.Linear, PlainContraction, RadialMLP, *_EDGE)
+            if not foreign_reason(user) and (plain or is_conv or is_skip or is_radial):
                 yield f"{prefix}.{key}" if prefix else key, user, child
 
 
@@ -287,7 +294,7 @@ def _refusal(parent: torch.nn.Module, child: torch.nn.Module) -> str:
     kind = type(parent)
     if isinstance(parent, blocks.InteractionBlock) and kind not in BLOCKS:
         return f"interaction block {kind.__name__} is not known"
-    if kind.__module__ not in HOSTS:
+    if kind.__module__ not in HOSTS and type(child) not in _EDGE:
         return f"{kind.__module__}.{kind.__name__} may use it in its own way"
     try:
         problem = _problem(child)
@@ -300,6 +307,8 @@ def _refusal(parent: torch.nn.Module, child: torch.nn.Module) -> str:
 
 def _problem(module: torch.nn.Module) -> object:
     """The module's problem, whatever its layout; TypeError or ValueError where it has none."""
+    if type(module) in _EDGE:
+        return _EDGE[type(module)][1](module)
     if isinstance(module, PlainContraction):
         return contraction_problem_of(module)[0]
     if isinstance(module, o3.FullyConnectedTensorProduct):
@@ -382,6 +391,8 @@ def _replacement(
 ) -> torch.nn.Module:
     policy = conversion.precision
     layout_in, layout_out = layouts.get(name, ("mul_ir", "mul_ir"))
+    if type(module) in _EDGE:
+        return _EDGE[type(module)][0](module)
     if isinstance(module, PlainContraction):
         return SymmetricContraction(module, layout_out, agnostic=getattr(parent, "use_agnostic_product", False))
     if isinstance(module, o3.FullyConnectedTensorProduct):
@@ -409,8 +420,7 @@ def _swap(model: torch.nn.Module, name: str, new: torch.nn.Module) -> None:
         del parent.conv_fusion
 
 
-_SWAPPABLE = (o3.Linear, o3.TensorProduct, PlainContraction)
-_NO_KERNEL = (o3.SphericalHarmonics, blocks.RadialEmbeddingBlock)
+_SWAPPABLE = (o3.Linear, o3.TensorProduct, PlainContraction, RadialMLP, *_EDGE)
 
 
 def _blocks(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -421,13 +431,14 @@ def _blocks(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
             continue
         if foreign_reason(module):
             whole = (*whole, f"{name}.")
-        known = isinstance(module, (*_OURS, *_SWAPPABLE, *_NO_KERNEL)) or kept_reason(module)
+        known = isinstance(module, (*_OURS, *_SWAPPABLE)) or kept_reason(module)
         if known and not isinstance(module, ReshapeIrreps):
             yield name, module
 
 
-def _row(name: str, module: torch.nn.Module, conversion: Conversion | None, dtype: str) -> Row:
-    kind = type(module).__name__
+def _row(name: str, module: torch.nn.Module, conversion: Conversion | None, like: torch.Tensor) -> Row:
+    """The row of one module of a model whose parameters are like `like`."""
+    kind, dtype = type(module).__name__, str(like.dtype).removeprefix("torch.")
     if isinstance(module, (IrrepsLinear, SpeciesLinear)):
         layout = f"{module.problem.layout_in} -> {module.problem.layout_out}"
         kernel = "linear" if isinstance(module, IrrepsLinear) else "species_linear"
@@ -445,9 +456,11 @@ def _row(name: str, module: torch.nn.Module, conversion: Conversion | None, dtyp
     if isinstance(module, SymmetricContraction):
         runs = _runs("symmetric_contraction", module.table)
         return Row(name, kind, runs, dtype, f"ir_mul -> {module.layout_out}")
+    if isinstance(module, (EdgeHarmonics, EdgeRadial)):
+        return Row(name, kind, _runs("edge_embedding", like), dtype, "mul_ir")
     reason = "not accelerated"
     if conversion is not None:
-        reason = conversion.kept.get(name) or kept_reason(module) or "no kernel yet"
+        reason = conversion.kept.get(name) or kept_reason(module) or "no kernel for this use of it"
     return Row(name, kind, f"MACE's own code: {reason}", dtype, "mul_ir")
 
 

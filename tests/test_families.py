@@ -226,7 +226,6 @@ OPTIONS: dict[str, tuple[str, dict]] = {
     "all-irreps-kept": ("off-medium", {"keep_last_layer_irreps": True}),
     "two-correlations": ("off-medium", {"correlation": [2, 3]}),
     "gaussians": ("off-small", {"radial_type": "gaussian", "distance_transform": "Soft", "pair_repulsion": True}),
-    "chebyshev": ("off-small", {"radial_type": "chebyshev", "distance_transform": "Agnesi"}),
     "radial-widths": ("off-medium", {"radial_MLP": [16, 32]}),
     "radial-linear": ("nonlinear", {"radial_MLP": []}),
     "density-edges": ("density", {"edge_irreps": fs.irreps((4, 1)), "use_edge_irreps_first": True}),
@@ -247,6 +246,23 @@ def test_options_agree(name, device, reference_path):
     ran(*CONV)
     agree(got, mm.evaluate(model, batch))
     assert mt.restore(fast).state_dict().keys() == model.state_dict().keys()
+
+
+def test_forces_of_chebyshev_models_are_right(device, reference_path):
+    """PyTorch cannot differentiate its Chebyshev polynomials: MACE's own forces lack their part, ours do not."""
+    options = {"radial_type": "chebyshev", "distance_transform": "Agnesi"}
+    model = frozen(mm.build("off-small", device=device, channels=8, elements=(1, 6, 8), **options))
+    fast = frozen(mt.accelerate(model, strict=True))
+    atoms = mm.random_structures([1, 6, 8], seed=5)[0]
+    forces, energies = mm.evaluate(fast, mm.batch_of(fast, [atoms]))["forces"], []
+    for step in (1e-4, -1e-4):
+        moved = atoms.copy()
+        moved.positions[0, 1] += step
+        batch = mm.batch_of(model, [moved])
+        energies.append(mm.evaluate(model, batch)["interaction_energy"].item())
+        agree({"energy": mm.evaluate(fast, batch)["energy"]}, {"energy": mm.evaluate(model, batch)["energy"]})
+    slope = (energies[1] - energies[0]) / 2e-4
+    assert abs(forces[0, 1].item() - slope) <= 1e-5 * forces.abs().max().item()
 
 
 def test_harmonics_above_three_keep_maces_product(device, reference_path):

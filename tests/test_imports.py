@@ -16,6 +16,7 @@ BASE = (
     "coverage",
     "precision",
     "reference",
+    "reference_edge_embedding",
     "reference_linear",
     "reference_radial_mlp",
     "reference_norm_mlp",
