@@ -24,6 +24,7 @@ from mace.tools.finetuning_utils import load_foundations_elements
 from mace.tools.scripts_utils import extract_config_mace_model
 from mace.tools.torch_tools import default_dtype
 from mace.tools.utils import AtomicNumberTable
+from torch_ema import ExponentialMovingAverage
 
 import mace_triton as mt
 from mace_triton.certify import single_point
@@ -404,6 +405,28 @@ def same_gradients(fast: torch.nn.Module, model: torch.nn.Module, batch: dict[st
     largest = max(gradient.abs().max() for gradient in want.values())
     for key, gradient in want.items():
         assert (got[key] - gradient).abs().max() <= EXACT * largest, key
+
+
+@pytest.mark.parametrize("name", ["off-medium", "nonlinear"])
+def test_averaged_weights_are_seen(name, device, reference_path):
+    """MACE validates with averaged weights, which torch_ema swaps in through `.data` between two evaluations."""
+    model = mm.build(name, device=device, channels=8, elements=(1, 6, 8))
+    batch, results = fs.random_batch(model, seed=8), []
+    for m in (model, mt.accelerate(model)):
+        average = ExponentialMovingAverage(m.parameters(), decay=0.5)
+        optimizer = torch.optim.SGD(m.parameters(), lr=1e-3)
+        for _ in range(2):
+            loss_gradients(m, batch)
+            optimizer.step()
+            average.update()
+        frozen(m)
+        found = [mm.evaluate(m, batch)["forces"]]
+        with average.average_parameters():
+            found.append(mm.evaluate(m, batch)["forces"])
+        results.append([*found, mm.evaluate(m, batch)["forces"]])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10 * float(want.abs().max()))
+    assert not torch.allclose(*results[0][:2], rtol=1e-6)
 
 
 def with_lora(model: torch.nn.Module) -> torch.nn.Module:
