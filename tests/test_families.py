@@ -143,7 +143,8 @@ def test_energy_forces_stress_agree(name, device, reference_path):
 
 
 def check_fp32(model: torch.nn.Module) -> None:
-    scale, theirs, ours = force_errors(model, range(4))
+    seeds = range(4 if torch.cuda.is_available() else 2)
+    scale, theirs, ours = force_errors(model, seeds)
     assert ours <= 1.5 * theirs + 1e-7 * scale
     assert theirs < 1e-4 * scale
 
