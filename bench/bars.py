@@ -7,6 +7,7 @@ after every row and keeps the sections of earlier runs that this one does not to
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from . import blocks, first_use, measure, models, rows, species_blocks, timing
+from . import blocks, edge_block, first_use, measure, models, rows, species_blocks, timing
 from .rows import OURS, Row
 
 FAST = ("cueq", "oeq", OURS)
@@ -146,22 +147,58 @@ def species(section: Section) -> None:
                 section.ratio(f"skip_tp {name} {atoms} {direction}", case, direction, "cueq", "bf16", None)
 
 
+def edges(section: Section) -> None:
+    """Harmonics, radial features and the radial network, and the gradient of the vectors, against eager MACE."""
+    direction = edge_block.DIRECTIONS[1]
+    for name in ("features", "medium", "large"):
+        case = edge_block.EdgeCase(name, 1536)
+        section.measure(measure.specs([case], [("e3nn", ("fp32",)), (OURS, ("fp32", "bf16"))], edge_block.DIRECTIONS))
+        for precision in ("fp32", "bf16"):
+            section.ratio(f"edges {name} {direction}", case, direction, "e3nn", precision, 3.0)
+
+
+FULL_MODELS = ("medium", "large")
+"""Those that are also measured on plain e3nn, which is slow."""
+
+
 def model(section: Section) -> None:
-    """GPU time of energy and forces, and the share of the blocks we replace."""
+    """GPU time and launches of energy and forces, and the share of the blocks we replace."""
     direction = models.DIRECTIONS[0]
-    providers = [("e3nn", ("fp32",)), ("cueq", ("fp32",)), (OURS, ("fp32", "bf16"))]
-    for name in ("medium", "large"):
+    for name in ("small", *FULL_MODELS):
         cases = [models.ModelCase(name, atoms) for atoms in (1536, 5184)]
-        for provider, precisions in providers:
+        peers = [("e3nn", ("fp32",))] if name in FULL_MODELS else []
+        for provider, precisions in [*peers, ("cueq", ("fp32",)), (OURS, ("fp32", "bf16"))]:
             section.measure(measure.specs(cases, [(provider, precisions)], [direction]))
         for case in cases:
             text = f"model {name} {case.atoms} {direction}"
-            section.ratio(text, case, direction, "e3nn", "fp32", 3.0)
-            section.ratio(text, case, direction, "cueq", "fp32", None)
-            section.ratio(f"{text}, our blocks alone", case, direction, "cueq", "fp32", None, key="blocks_ms")
-            for precision in ("fp32", "bf16"):
+            if name in FULL_MODELS:
+                section.ratio(text, case, direction, "e3nn", "fp32", 3.0)
+                section.ratio(f"{text}, our blocks alone", case, direction, "cueq", "fp32", None, key="blocks_ms")
+            for precision, most in (("fp32", 0.6), ("bf16", 0.45)):
+                _of_peer(section, text, case, direction, "cueq", precision, most, "gpu_ms")
+                launches = functools.partial(section.value, "launches", case, direction, OURS, precision)
+                section.bar(f"{text}: launches of ours {precision}", launches, most=150)
                 _share(section, case, direction, precision)
         measure.forget(section.device)
+
+
+def _of_peer(
+    section: Section, text: str, case, direction: str, peer: str, precision: str, most: float | None, key: str
+):
+    """A bar: our figure over the peer's FP32 one."""
+
+    def quotient() -> float:
+        return section.value(key, case, direction, OURS, precision) / section.value(key, case, direction, peer, "fp32")
+
+    section.bar(f"{text}: ours {precision} / {peer} fp32", quotient, most=most)
+
+
+def training(section: Section) -> None:
+    """A training step on energies and forces: mp-medium, 8 boxes of 192 atoms."""
+    case, direction = models.ModelCase("medium", 192, boxes=8), models.DIRECTIONS[1]
+    section.measure(measure.specs([case], [("cueq", ("fp32",)), (OURS, ("fp32", "bf16"))], [direction]))
+    section.ratio(f"model medium, 8 x 192 atoms, {direction}", case, direction, "cueq", "fp32", 1.5)
+    section.ratio(f"model medium, 8 x 192 atoms, {direction}", case, direction, "cueq", "bf16", None)
 
 
 def _share(section: Section, case: models.ModelCase, direction: str, precision: str) -> None:
@@ -173,21 +210,16 @@ def _share(section: Section, case: models.ModelCase, direction: str, precision: 
 
 
 def memory(section: Section) -> None:
-    """Peak memory of energy and forces, ours against OpenEquivariance's."""
+    """Peak memory of energy and forces, ours against OpenEquivariance's and cuEquivariance's."""
     direction = models.DIRECTIONS[0]
-    for name in ("medium", "large"):
+    for name in FULL_MODELS:
         cases = [models.ModelCase(name, atoms) for atoms in (1536, 5184)]
         for provider in FAST:
             for case in cases:
                 section.add(_memory_row(measure.Spec(case, provider, "fp32", direction), section.device))
         for case in cases:
-            for peer, most in (("oeq", 1.0), ("cueq", None)):
-
-                def quotient(case=case, peer=peer) -> float:
-                    ours, theirs = (section.value("peak_mib", case, direction, p, "fp32") for p in (OURS, peer))
-                    return ours / theirs
-
-                section.bar(f"memory {name} {case.atoms}: peak ours / {peer}", quotient, most=most)
+            for peer in ("oeq", "cueq"):
+                _of_peer(section, f"memory {name} {case.atoms}, peak", case, direction, peer, "fp32", 1.0, "peak_mib")
         measure.forget(section.device)
 
 
@@ -226,7 +258,9 @@ SECTIONS: dict[str, Callable[[Section], None]] = {
     "conv": conv,
     "linear": linear,
     "species": species,
+    "edges": edges,
     "model": model,
+    "training": training,
     "memory": memory,
     "compile": compile_,
 }

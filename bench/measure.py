@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from . import blocks, models, radial_block, species_blocks, timing
+from . import blocks, edge_block, models, radial_block, species_blocks, timing
 from .providers import MissingProviderError
 from .rows import OURS, Row
 
-Case = blocks.ConvCase | blocks.LinearCase | species_blocks.SpeciesCase | radial_block.RadialCase | models.ModelCase
+Case = blocks.ConvCase | blocks.LinearCase | species_blocks.SpeciesCase | models.ModelCase
+Case |= edge_block.EdgeCase | radial_block.RadialCase
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def prepared(spec: Spec, device: torch.device) -> blocks.Prepared:
 def forget(device: torch.device) -> None:
     """Let go of everything kept between rows."""
     _kept.clear()
-    for kept in (blocks.conv_reference, species_blocks.reference, radial_block.reference, models.built):
+    references = (module.reference for module in (edge_block, radial_block, species_blocks))
+    for kept in (blocks.conv_reference, *references, models.built):
         kept.cache_clear()
     timing.free_memory(device)
 

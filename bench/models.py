@@ -55,22 +55,24 @@ def mp_model(name: str, channels: int = 128, elements: tuple[int, ...] = ELEMENT
         )
 
 
-def batch(n_atoms: int, elements: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """MACE's input dictionary of a water box; positions and cell in angstrom."""
-    graph = structures.graph(n_atoms)
-    index = torch.tensor([elements.index(z) for z in graph.numbers.tolist()])
-    floats = {
-        "positions": torch.from_numpy(graph.positions),
-        "shifts": torch.from_numpy(graph.shifts),
-        "unit_shifts": torch.from_numpy(graph.unit_shifts),
-        "cell": torch.from_numpy(graph.cell),
-        "node_attrs": torch.nn.functional.one_hot(index, len(elements)),
-    }
+def batch(
+    n_atoms: int, elements: tuple[int, ...], dtype: torch.dtype, device: torch.device, seeds: tuple[int, ...] = (0,)
+) -> dict[str, Tensor]:
+    """MACE's input dictionary of water boxes, one of n_atoms for each seed; positions and cells in angstrom."""
+    graphs = [structures.graph(n_atoms, seed=seed) for seed in seeds]
+    index = torch.tensor([elements.index(z) for graph in graphs for z in graph.numbers.tolist()])
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([torch.from_numpy(getattr(graph, name)) for graph in graphs])
+
+    floats = {name: joined(name) for name in ("positions", "shifts", "unit_shifts", "cell")}
+    floats["node_attrs"] = torch.nn.functional.one_hot(index, len(elements))
+    edges = [torch.from_numpy(graph.edge_index) + number * n_atoms for number, graph in enumerate(graphs)]
     integers = {
-        "edge_index": torch.from_numpy(graph.edge_index),
-        "batch": torch.zeros(n_atoms, dtype=torch.int64),
-        "ptr": torch.tensor([0, n_atoms]),
-        "head": torch.zeros(1, dtype=torch.int64),
+        "edge_index": torch.cat(edges, dim=1),
+        "batch": torch.arange(len(graphs)).repeat_interleave(n_atoms),
+        "ptr": n_atoms * torch.arange(len(graphs) + 1),
+        "head": torch.zeros(len(graphs), dtype=torch.int64),
     }
     return {k: v.to(device=device, dtype=dtype) for k, v in floats.items()} | {
         k: v.to(device) for k, v in integers.items()
@@ -83,10 +85,14 @@ def energy_forces(model: torch.nn.Module, data: dict[str, Tensor]) -> dict[str, 
     return {"energy": out["energy"].detach(), "forces": out["forces"].detach()}
 
 
-def training_gradients(model: torch.nn.Module, data: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients by parameter name of energy^2 / N + weight x mean(forces^2), the double backward included."""
+def training_gradients(model: torch.nn.Module, data: dict[str, Tensor], atoms: int | None = None) -> dict[str, Tensor]:
+    """Gradients by parameter name of sum(energy^2) / N + weight x sum(forces^2) / 3N, the double backward included.
+
+    N: the number of atoms, or `atoms` where data is a part of the batch that the loss is of.
+    """
     out = model(dict(data), training=True, compute_force=True)
-    loss = out["energy"].square().sum() / len(data["positions"]) + FORCE_WEIGHT * out["forces"].square().mean()
+    n = atoms or len(data["positions"])
+    loss = out["energy"].square().sum() / n + FORCE_WEIGHT * out["forces"].square().sum() / (3 * n)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     gradients = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
     return {name: g for (name, _), g in zip(named, gradients, strict=True) if g is not None}
@@ -108,16 +114,22 @@ def _comparable(results: dict[str, Tensor], reference: dict[str, Tensor]) -> tup
 
 @dataclass(frozen=True)
 class ModelCase:
-    """One MACE-MP-shaped model ("small", "medium", "large") on a water box."""
+    """One MACE-MP-shaped model ("small", "medium", "large") on a water box, or on a batch of `boxes` such boxes."""
 
     name: str
     atoms: int
     channels: int = 128
     elements: tuple[int, ...] = ELEMENTS
-    block: str = "model"
+    boxes: int = 1
 
-    def data(self, precision: str, device: torch.device) -> dict[str, Tensor]:
-        return batch(self.atoms, self.elements, providers.model_dtype(precision), device)
+    @property
+    def block(self) -> str:
+        return "model" if self.boxes == 1 else f"model, batch of {self.boxes}"
+
+    def data(self, precision: str, device: torch.device, box: int | None = None) -> dict[str, Tensor]:
+        """The batch, or one box of it."""
+        seeds = tuple(range(self.boxes)) if box is None else (box,)
+        return batch(self.atoms, self.elements, providers.model_dtype(precision), device, seeds)
 
     def build(self, provider: str, precision: str, variant: str, device: torch.device) -> torch.nn.Module:
         return built(self.name, self.channels, self.elements, provider, precision, variant, device)
@@ -161,11 +173,22 @@ def _reference(case: ModelCase, direction: str, device: torch.device) -> tuple[d
     for precision in ("fp64", "fp32"):
         try:
             model = case.build("e3nn", precision, "", device)
-            result = STEPS[direction](model, case.data(precision, device))
+            result = _result(case, model, direction, precision, device)
             return {name: value.cpu() for name, value in result.items()}, f"e3nn {precision}"
         except torch.cuda.OutOfMemoryError:
             timing.free_memory(device)
     raise blocks.ParityError("e3nn does not fit on this card, not even in FP32: nothing to compare with")
+
+
+def _result(case: ModelCase, model, direction: str, precision: str, device: torch.device) -> dict[str, Tensor]:
+    """The step's result; a training loss is a sum over the boxes, which are taken one by one to fit on the card."""
+    if case.boxes == 1 or direction != "training step":
+        return STEPS[direction](model, case.data(precision, device))
+    total: dict[str, Tensor] = {}
+    for box in range(case.boxes):
+        part = training_gradients(model, case.data(precision, device, box), case.boxes * case.atoms)
+        total = {name: value + total.get(name, 0) for name, value in part.items()}
+    return total
 
 
 def _recorded_inputs(model: torch.nn.Module, data: dict[str, Tensor]) -> dict[str, tuple[torch.nn.Module, tuple]]:

@@ -4,6 +4,7 @@ conv_tp: call(x [N, dim_in1], y [E, dim_in2], w [E, weights], edge_index [2, E])
 linear: call(x [N, dim_in]) -> [N, dim_out], with `weight`, the flat parameter in e3nn's order
 species_linear: call(x [N, dim_in], one_hot [N, Z]) -> [N, dim_out], with `weights`
 radial_mlp: call(x [E, features]) -> [E, weights of conv_tp], with `weights`
+edge_embedding: call(vectors [E, 3]) -> (harmonics [E, 16], radial features, or weights of conv_tp)
 symmetric_contraction: call(x [N, C, 16] in mul_ir or [N, 16, C] in ir_mul, one_hot [N, Z]) -> [N, dim_out], the same
 model: a module called with MACE's dictionary
 
@@ -341,15 +342,50 @@ def radial_mlp_e3nn(widths: tuple[int, ...], precision: str, device: torch.devic
 
 
 def radial_mlp_mace_triton(widths: tuple[int, ...], precision: str, device: torch.device) -> Block:
-    """Our RadialNet around `radial_mlp_e3nn`, in the mode that accelerate() gives it."""
+    """Our RadialNet around `radial_mlp_e3nn`, in the modes and the storage that accelerate() gives it."""
     from mace_triton.nn.radial_mlp import RadialNet
     from mace_triton.precision import PRESETS
 
-    need_precision("mace_triton", precision, ("fp64", "fp32", "tf32"))
-    plain = radial_mlp_e3nn(widths, "fp64" if precision == "fp64" else "fp32", device).call
-    # accelerate() keeps this network as exact as its parameters; "tf32" here shows what that costs.
-    net = RadialNet(plain, PRESETS[precision].linear)
+    policy = PRESETS[precision]
+    plain = radial_mlp_e3nn(widths, policy.dtype, device).call
+    net = RadialNet(plain, PRESETS[policy.dtype].linear, policy.linear, policy.tensor_product)
     return Block(net, weights=tuple(net.parameters()))
+
+
+def _edge_modules(width: int, r_max: float, precision: str, device: torch.device) -> list[torch.nn.Module]:
+    """MACE's spherical harmonics and radial embedding, as MACE-MP-0 has them."""
+    from mace.modules.blocks import RadialEmbeddingBlock
+
+    dtype = model_dtype(precision)
+    with default_dtype(dtype):
+        irreps = o3.Irreps.spherical_harmonics(3)
+        harmonics = o3.SphericalHarmonics(irreps, normalize=True, normalization="component")
+        return [harmonics.to(device), RadialEmbeddingBlock(r_max, width, num_polynomial_cutoff=5).to(device)]
+
+
+def _edge_block(harmonics, radial, network: Block | None) -> Block:
+    def call(vectors):
+        lengths = torch.linalg.norm(vectors, dim=-1, keepdim=True)
+        features, _ = radial(lengths, None, None, None)  # atoms matter to distance transforms alone
+        return harmonics(vectors), features if network is None else network.call(features)
+
+    return Block(call, weights=() if network is None else network.weights)
+
+
+def edge_embedding_e3nn(widths: tuple[int, ...], r_max: float, precision: str, device: torch.device) -> Block:
+    """Eager MACE: norm, o3.SphericalHarmonics, RadialEmbeddingBlock and, for several widths, FullyConnectedNet."""
+    need_precision("e3nn", precision, ("fp64", "fp32", "tf32"))
+    network = radial_mlp_e3nn(widths, precision, device) if len(widths) > 1 else None
+    return _edge_block(*_edge_modules(widths[0], r_max, precision, device), network)
+
+
+def edge_embedding_mace_triton(widths: tuple[int, ...], r_max: float, precision: str, device: torch.device) -> Block:
+    """The same with our modules around e3nn's and MACE's."""
+    from mace_triton.nn.edge_embedding import EdgeHarmonics, EdgeRadial
+
+    network = radial_mlp_mace_triton(widths, precision, device) if len(widths) > 1 else None
+    harmonics, radial = _edge_modules(widths[0], r_max, precision, device)
+    return _edge_block(EdgeHarmonics(harmonics), EdgeRadial(radial), network)
 
 
 def model_e3nn(model: torch.nn.Module, precision: str, device: torch.device, variant: str = "") -> torch.nn.Module:
@@ -400,6 +436,7 @@ BUILDERS: dict[str, dict[str, Callable]] = {
         "cueq": species_linear_cueq,
         "mace_triton": species_linear_mace_triton,
     },
+    "edge_embedding": {"e3nn": edge_embedding_e3nn, "mace_triton": edge_embedding_mace_triton},
     "radial_mlp": {"e3nn": radial_mlp_e3nn, "mace_triton": radial_mlp_mace_triton},
     "symmetric_contraction": {
         "e3nn": contraction_e3nn,

@@ -16,7 +16,7 @@ from . import providers, timing
 from .blocks import ConvCase, Prepared, _forward_call, _generator, _leaves, _randn, _training_call, gate, poison
 
 DIRECTIONS = ("forward", "forward+backward", "training")
-TOLERANCE = {"fp64": 1e-12, "fp32": 1e-5, "tf32": 3e-3}
+TOLERANCE = {"fp64": 1e-12, "fp32": 1e-5, "tf32": 3e-3, "bf16": 2e-2, "fp16": 3e-3}
 """Relative error allowed after four layers."""
 FEATURES, HIDDEN = 8, (64, 64, 64)
 
@@ -62,7 +62,7 @@ class RadialCase:
         calls = {d: [] for d in DIRECTIONS}
         for seed in range(timing.sets_beyond_cache(work["forward"], device)):
             x, g = self.inputs(precision, device, seed)
-            (x,) = _leaves(x)
+            (x,), g = _leaves(x), g.to(providers.STORAGE.get(precision, g.dtype))  # as conv_tp hands it back
             calls["forward"].append(_forward_call(block, (x,), precision))
             calls["forward+backward"].append(_training_call(block, (x,), (x,), g, precision))
             calls["training"].append(_training_call(trained, (x,), (x, *trained.weights), g, precision))

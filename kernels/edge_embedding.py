@@ -349,8 +349,10 @@ def _gaussian(t, w, factor):
 @triton.jit
 def _chebyshev(t, column, WIDTH: tl.constexpr):
     """Chebyshev polynomials of the first kind, degree k + 1 in column k, and two derivatives, by their recurrence."""
-    one, zero = tl.full(t.shape, 1.0, t.dtype), tl.zeros_like(t)
-    before, before1, before2, now, now1, now2 = one, zero, zero, t, one, zero
+    one = tl.full(t.shape, 1.0, t.dtype)
+    # Triton would take `before2 = now2` for no change of before2 if both began as the same tensor.
+    before, before1, before2 = one, tl.zeros_like(t), tl.zeros_like(t)
+    now, now1, now2 = t, tl.full(t.shape, 1.0, t.dtype), tl.zeros_like(t)
     value, first, second = tl.where(column == 0, t, 0.0), tl.where(column == 0, one, 0.0), tl.where(column < 0, t, 0.0)
     for k in range(1, WIDTH):
         after, after1 = 2 * t * now - before, 2 * now + 2 * t * now1 - before1

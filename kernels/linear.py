@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tiles
+from . import linear_scalars, tiles
 from .products import dot, find_group, load_rows, load_weights, row_places, store_rows
 
 
@@ -136,7 +136,7 @@ def linear_wgrad_kernel(
                        EVEN=EVEN)  # fmt: skip
         g = load_rows(g_ptr, g_place, row < end, g_first, g_mul, dim, BLOCK_C=BLOCK_W, LAYOUT=G_LAYOUT, LANES=LANES,
                        EVEN=EVEN)  # fmt: skip
-        acc = dot(tl.trans(x), g, acc, MODE, INTERPRET)  # [BLOCK_U, BLOCK_W]
+        acc = dot(tl.trans(x), g.to(x.dtype), acc, MODE, INTERPRET)  # [BLOCK_U, BLOCK_W]
     acc *= tl.load(scale_ptr + tl.program_id(0)).to(acc_dtype)
     u, w = x_first + tl.arange(0, BLOCK_U), g_first + tl.arange(0, BLOCK_W)
     place = part.to(tl.int64) * weight_numel + weight + u[:, None] * g_mul + w[None, :]
@@ -291,18 +291,27 @@ def forward(
     residual: torch.Tensor | None,
     mode: str,
     scale: float,
+    out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """scale (alpha x W) + bias + residual: x [N, dim_in] contiguous -> [N, dim_out]. alpha is taken per group."""
-    return _run_map(problem, False, x, weight, bias, residual, mode, scale)
+    if residual is None and linear_scalars.fits(problem, mode):
+        return linear_scalars.forward(problem, x, weight, bias, mode, scale, out_dtype)
+    return _run_map(problem, False, x, weight, bias, residual, mode, scale).to(out_dtype)
 
 
 def grad_x(problem, grad: torch.Tensor, weight: torch.Tensor, mode: str, scale: float) -> torch.Tensor:
-    """scale (alpha grad W^T): grad [N, dim_out] contiguous -> [N, dim_in]."""
+    """scale (alpha grad W^T): grad [N, dim_out] contiguous -> [N, dim_in], FP32 or, for "fp64", FP64."""
+    if linear_scalars.fits(problem, mode):
+        return linear_scalars.grad_x(problem, grad, weight, mode, scale)
+    grad = grad.to(torch.float64 if mode == "fp64" else torch.float32)
     return _run_map(problem, True, grad, weight, None, None, mode, scale)
 
 
 def grad_w(problem, x: torch.Tensor, grad: torch.Tensor, mode: str, scale: float) -> torch.Tensor:
-    """scale alpha sum over (n, m) x[n, m, u] grad[n, m, w] -> [weight_numel], in x's dtype. Deterministic."""
+    """scale alpha sum over (n, m) x[n, m, u] grad[n, m, w] -> [weight_numel], in x's dtype. Deterministic.
+
+    x, grad: contiguous; grad may be stored in 16 bits.
+    """
     nodes = x.shape[0]
     if nodes == 0 or problem.weight_numel == 0:
         return x.new_zeros(problem.weight_numel)

@@ -204,8 +204,10 @@ SECTIONS = (
     ("linear", "Linear behind `conv_tp`"),
     ("species_linear", "Linear with weights of each species (`skip_tp`)"),
     ("symmetric_contraction", "Symmetric contraction"),
+    ("edge_embedding", "Edges: harmonics, radial features and the radial network"),
     ("radial_mlp", "Radial network"),
     ("model", "Whole models"),
+    ("model, batch of 8", "Whole models, training on a batch"),
 )
 
 
@@ -232,7 +234,7 @@ def card_section(card: str, runs, images: Path) -> Iterator[str]:
         image = images / f"{'-'.join(card.lower().split())}-{block}.svg"
         if plot(timed, f"{title}, {card}", image):
             yield f"![{title}](img/{image.name})\n"
-        yield from (model_table if block == "model" else block_table)(timed)
+        yield from (model_table if block.startswith("model") else block_table)(timed)
     for kind, (title, render) in KINDS.items():
         found = [r for r in rows if r.get("kind") == kind]
         if found:
@@ -247,6 +249,7 @@ SUMMARY = (
     ("linear, forward + backward", "linear_up", "up-large", 5184, "forward+backward"),
     ("symmetric contraction, forward + backward", "symmetric_contraction", "large", 1536, "forward+backward"),
     ("`skip_tp`, 89 species, forward + backward", "species_linear", "up-large", 1536, "forward+backward"),
+    ("edges and radial network, forward + backward", "edge_embedding", "medium", 1536, "forward+backward"),
     ("whole model, energy + forces", "model", "medium", 1536, "energy+forces"),
     ("whole model, energy + forces", "model", "large", 5184, "energy+forces"),
 )

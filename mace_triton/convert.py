@@ -398,11 +398,16 @@ def _replacement(
     if isinstance(module, o3.FullyConnectedTensorProduct):
         return SpeciesLinear(module, policy.linear, layout_in, layout_out)
     if isinstance(module, o3.TensorProduct):
-        return ConvTP(module, policy.tensor_product, layout_in, layout_out, conversion.deterministic)
+        # Other networks write `dtype`: a copy to the storage would cost more than it saves.
+        written = isinstance(parent.conv_tp_weights, nn.FullyConnectedNet)
+        storage = policy.tensor_product if written else policy.dtype
+        return ConvTP(module, storage, layout_in, layout_out, conversion.deterministic)
     exact = any(part in EXACT for part in name.split("."))
     mode = PRESETS[policy.dtype].linear if exact else policy.linear
     if isinstance(module, nn.FullyConnectedNet):
-        return RadialNet(module, mode)
+        if name.endswith(".conv_tp_weights"):
+            return RadialNet(module, mode, policy.linear, policy.tensor_product)
+        return RadialNet(module, mode, storage=policy.dtype)  # a density divides: no low precision
     if isinstance(module, RadialMLP):
         return NormNet(module, mode)
     return IrrepsLinear(module, mode, layout_in=layout_in, layout_out=layout_out)
@@ -447,12 +452,11 @@ def _row(name: str, module: torch.nn.Module, conversion: Conversion | None, like
         layout = f"{module.problem.layout_in} -> {module.problem.layout_out}"
         runs = _runs("channelwise_tp", module.output_mask)
         return Row(name, kind, runs, f"{module.run_storage} weights", layout)
-    if isinstance(module, (RadialNet, NormNet)):
-        weight = next(module.parameters())
-        hidden = _runs("radial_mlp" if isinstance(module, RadialNet) else "norm_mlp", weight)
-        linear = _runs("linear", weight)
-        runs = linear if module.depth == 1 else hidden if module.fused else f"MACE's own code, ends {linear}"
-        return Row(name, kind, runs, module.run_mode, "mul_ir")
+    if isinstance(module, NormNet):
+        return Row(name, kind, _network(module, "norm_mlp"), module.run_mode, "mul_ir")
+    if isinstance(module, RadialNet):
+        precision = f"{module.run_mode}, last layer {module.run_last_mode}"
+        return Row(name, kind, _network(module, "radial_mlp"), precision, "mul_ir")
     if isinstance(module, SymmetricContraction):
         runs = _runs("symmetric_contraction", module.table)
         return Row(name, kind, runs, dtype, f"ir_mul -> {module.layout_out}")
@@ -462,6 +466,15 @@ def _row(name: str, module: torch.nn.Module, conversion: Conversion | None, like
     if conversion is not None:
         reason = conversion.kept.get(name) or kept_reason(module) or "no kernel for this use of it"
     return Row(name, kind, f"MACE's own code: {reason}", dtype, "mul_ir")
+
+
+def _network(module: RadialNet | NormNet, kernel: str) -> str:
+    """What runs the layers of a network: its kernel the hidden ones, or the linear op all there are."""
+    weight = next(module.parameters())
+    linear = _runs("linear", weight)
+    if module.depth == 1:
+        return linear
+    return _runs(kernel, weight) if module.fused else f"MACE's own code, last layer {linear}"
 
 
 def _runs(kernel: str, tensor: torch.Tensor) -> str:

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ is not pa
 from bench import (
     bars,
     blocks,
+    edge_block,
     first_use,
     measure,
     models,
@@ -108,6 +109,22 @@ def test_radial_networks_agree_in_fp64(provider):
     assert row["status"] == "ok", row["reason"]
     assert set(row["errors"]) == {"out", "gx", "gw", "out in training", "gx in training"}
     assert row["flops"] > 0
+
+
+@pytest.mark.parametrize("provider", ["e3nn", "mace_triton"])
+@pytest.mark.parametrize("name", ["features", "small"])
+def test_edge_embeddings_agree_in_fp64(name, provider):
+    row = row_of(edge_block.EdgeCase(name, 24, channels=2), provider, "fp64", "forward+backward")
+    assert row["status"] == "ok", row["reason"]
+    assert set(row["errors"]) == {"harmonics", "weights", "gv"}
+    assert row["bytes"] > 0
+
+
+@pytest.mark.parametrize("case", [edge_block.EdgeCase("small", 24, 2), radial_block.RadialCase("small", 24, 2)])
+def test_edges_pass_their_gate_in_bf16(case):
+    row = row_of(case, precision="bf16", direction="forward+backward")
+    assert row["status"] == "ok", row["reason"]
+    assert max(row["errors"].values()) > 1e-4, "nothing was rounded"
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])

@@ -120,8 +120,8 @@ def test_frozen_parameters_and_mode_are_kept(device):
         (None, torch.float64, "fp64", "fp64"),
         ("fp64", torch.float64, "fp64", "fp64"),
         ("fp32", torch.float32, "tf32x3", "fp32"),
-        ("bf16", torch.float32, "bf16", "fp32"),
-        ("fp16", torch.float32, "fp16", "fp32"),
+        ("bf16", torch.float32, "bf16", "bf16"),
+        ("fp16", torch.float32, "fp16", "fp16"),
         (mt.Precision("mine", "fp32", "ieee", "bf16"), torch.float32, "ieee", "bf16"),
     ],
 )
@@ -130,7 +130,8 @@ def test_policies(precision, dtype, mode, storage, device):
     assert {p.dtype for p in fast.parameters()} == {dtype}
     block = fast.interactions[1]
     assert (block.linear.mode, block.linear_up.mode, fast.products[0].linear.mode) == (mode,) * 3
-    assert block.conv_tp.storage == storage
+    assert block.conv_tp.storage == block.conv_tp_weights.storage == storage
+    assert block.conv_tp_weights.last_mode == mode
     exact = "fp64" if dtype == torch.float64 else "tf32x3"
     assert {fast.node_embedding.linear.mode, fast.readouts[0].linear.mode, fast.readouts[1].linear_1.mode} == {exact}
 

@@ -25,8 +25,9 @@ def test_presets_name_the_operand_precision():
         "bf16": "bf16",
         "fp16": "fp16",
     }
-    assert PRESETS["bf16"].storage == torch.float32
-    assert Precision("mine", "fp32", "bf16", "bf16").storage == torch.bfloat16
+    assert PRESETS["bf16"].storage == torch.bfloat16
+    assert PRESETS["tf32"].storage == torch.float32
+    assert Precision("mine", "fp32", "bf16", "fp32").storage == torch.float32
 
 
 def test_unknown_name_lists_the_known_ones():

@@ -10,7 +10,7 @@ from e3nn import o3
 
 from ..ops.channelwise_tp import channelwise_tp
 from ..ops.graph import graph_plan
-from ..precision import STORAGE, TORCH_DTYPES
+from ..precision import STORAGE, TORCH_DTYPES, storage_for
 from ..problem import ChannelwiseTPProblem
 
 
@@ -71,10 +71,7 @@ class ConvTP(o3.TensorProduct):
     @property
     def run_storage(self) -> str:
         """The storage for the model's dtype: "fp64" after `.double()`, "fp32" after `.float()` of an FP64 model."""
-        double = self.output_mask.dtype == torch.float64
-        if double != (self.storage == "fp64"):
-            return "fp64" if double else "fp32"
-        return self.storage
+        return storage_for(self.storage, self.output_mask.dtype)
 
     def forward(
         self,

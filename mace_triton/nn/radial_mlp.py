@@ -8,9 +8,9 @@ from e3nn import nn
 from e3nn.nn._fc import _Layer as Layer
 
 from ..linear_problem import LinearProblem
-from ..ops.linear import linear
+from ..ops.linear import linear, lowp_weight
 from ..ops.radial_mlp import MAX_IN, WIDTHS, radial_mlp
-from ..precision import LINEAR_MODES, mode_for
+from ..precision import LINEAR_MODES, STORAGE, TORCH_DTYPES, mode_for, storage_for
 from .conv import take_state
 from .derived import Derived
 
@@ -19,23 +19,30 @@ class RadialNet(nn.FullyConnectedNet):
     """`e3nn.nn.FullyConnectedNet` with its last layer on the linear op and, in inference, its hidden layers fused.
 
     It stays an e3nn FullyConnectedNet (same attributes, state dict and pickling) and shares the tensors of `net`.
-    mode: operand precision, as in `mace_triton.ops.linear.linear`.
+    mode: operand precision of the hidden layers, as in `mace_triton.ops.linear.linear`; last_mode: of the last layer,
+    `mode` where None. storage: "fp64", "fp32", "bf16" or "fp16", what the result is written in.
 
     Where the hidden weights are trained, or have widths that `ops.radial_mlp` does not take, e3nn's layers run instead.
-    Raises TypeError when `net` is no plain FullyConnectedNet, ValueError for an unknown mode, and for an activation of
-    the last layer or other variances than e3nn's defaults.
+    Raises TypeError when `net` is no plain FullyConnectedNet, ValueError for an unknown mode or storage, and for an
+    activation of the last layer or other variances than e3nn's defaults.
     """
 
-    def __init__(self, net: nn.FullyConnectedNet, mode: str):
+    def __init__(self, net: nn.FullyConnectedNet, mode: str, last_mode: str | None = None, storage: str = "fp32"):
         torch.nn.Module.__init__(self)
         if type(net) is not nn.FullyConnectedNet:
             raise TypeError(f"net must be an e3nn.nn.FullyConnectedNet, got {type(net).__name__}")
-        if mode not in LINEAR_MODES:
-            raise ValueError(f"mode must be one of {LINEAR_MODES}, got {mode!r}")
+        for name, value, words in (
+            ("mode", mode, LINEAR_MODES),
+            ("last_mode", last_mode or mode, LINEAR_MODES),
+            ("storage", storage, STORAGE),
+        ):
+            if value not in words:
+                raise ValueError(f"{name} must be one of {words}, got {value!r}")
         problem, norm = problem_of(net)
         take_state(self, net)
-        self.problem, self.norm, self.mode = problem, norm, mode
-        self._packed = Derived()
+        self.problem, self.norm = problem, norm
+        self.mode, self.last_mode, self.storage = mode, last_mode or mode, storage
+        self._packed, self._last_copy = Derived(), Derived()
 
     @property
     def layers(self) -> list[torch.nn.Module]:
@@ -56,6 +63,11 @@ class RadialNet(nn.FullyConnectedNet):
         """The mode for the weights' dtype: "fp64" after `.double()`, "tf32x3" after `.float()` of an FP64 network."""
         return mode_for(self.mode, self.layers[-1].weight.dtype)
 
+    @property
+    def run_last_mode(self) -> str:
+        """The same of the last layer."""
+        return mode_for(self.last_mode, self.layers[-1].weight.dtype)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Radial features x [E, width_in] -> the weights of conv_tp [E, width_out]."""
         *hidden, last = self.layers
@@ -64,7 +76,15 @@ class RadialNet(nn.FullyConnectedNet):
         else:
             for layer in hidden:
                 x = layer(x)
-        return linear(self.problem, x, last.weight.reshape(-1), mode=self.run_mode)
+        return self._last(x, last.weight)
+
+    def _last(self, h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The last layer, h [E, H] -> [E, width_out] in the storage of the convolution."""
+        mode, stored = self.run_last_mode, storage_for(self.storage, weight.dtype)
+        flat, lowp = weight.reshape(-1), None
+        if mode in ("bf16", "fp16") and not torch.compiler.is_compiling():
+            lowp = self._last_copy.get((weight,), lambda: lowp_weight(flat, mode), mode)
+        return linear(self.problem, h, flat, mode=mode, weight_lowp=lowp, out_dtype=TORCH_DTYPES[stored])
 
     def _hidden_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The hidden layers' weights over the square root of their fan-in: [width_in, H] and [L - 1, H, H]."""
@@ -78,7 +98,7 @@ class RadialNet(nn.FullyConnectedNet):
         net = nn.FullyConnectedNet.__new__(nn.FullyConnectedNet)
         torch.nn.Module.__init__(net)
         take_state(net, self)
-        for name in ("problem", "norm", "mode", "_packed"):
+        for name in ("problem", "norm", "mode", "last_mode", "storage", "_packed", "_last_copy"):
             del net.__dict__[name]
         return net
 

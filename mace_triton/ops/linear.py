@@ -17,6 +17,9 @@ from ..linear_problem import LinearProblem
 from ..precision import LINEAR_MODES, TORCH_DTYPES
 from . import dispatch
 
+# x's dtype and another one that the result may be stored in.
+_STORED = ((torch.float32, torch.bfloat16), (torch.float32, torch.float16))
+
 
 def _kernels():
     from ..kernels import linear
@@ -54,19 +57,21 @@ def _linear(
     problem: str,
     mode: str,
     scale: float,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    spec, which = LinearProblem.from_key(problem), dispatch.backend(x)
+    spec, which, out_dtype = LinearProblem.from_key(problem), dispatch.backend(x), out_dtype or weight.dtype
     dispatch.count("linear_fwd", which)
     if which == "reference":
-        return reference.linear(spec, x, weight, mode, bias, residual, scale)
+        return reference.linear(spec, x.to(weight.dtype), weight, mode, bias, residual, scale).to(out_dtype)
     weight = _kernel_weight(spec, weight, weight_lowp, mode)
     bias, residual = (t if t is None else t.contiguous() for t in (bias, residual))
-    return _kernels().forward(spec, x.contiguous(), weight, bias, residual, mode, scale)
+    return _kernels().forward(spec, x.contiguous(), weight, bias, residual, mode, scale, out_dtype)
 
 
 @_linear.register_fake
-def _(x, weight, weight_lowp, bias, residual, problem, mode, scale):
-    return x.new_empty(x.shape[0], LinearProblem.from_key(problem).dim_out)
+def _(x, weight, weight_lowp, bias, residual, problem, mode, scale, out_dtype=None):
+    width = LinearProblem.from_key(problem).dim_out
+    return x.new_empty(x.shape[0], width, dtype=out_dtype or weight.dtype)
 
 
 @torch.library.custom_op("mace_triton::linear_grad_x", mutates_args=())
@@ -74,14 +79,14 @@ def _grad_x(grad: Tensor, weight: Tensor, weight_lowp: Tensor | None, problem: s
     spec, which = LinearProblem.from_key(problem), dispatch.backend(grad)
     dispatch.count("linear_grad_x", which)
     if which == "reference":
-        return reference.linear_grad_x(spec, grad, weight, mode, scale)
+        return reference.linear_grad_x(spec, grad.to(weight.dtype), weight, mode, scale)
     weight = _kernel_weight(spec, weight, weight_lowp, mode)
     return _kernels().grad_x(spec, grad.contiguous(), weight, mode, scale)
 
 
 @_grad_x.register_fake
 def _(grad, weight, weight_lowp, problem, mode, scale):
-    return grad.new_empty(grad.shape[0], LinearProblem.from_key(problem).dim_in)
+    return weight.new_empty(grad.shape[0], LinearProblem.from_key(problem).dim_in)
 
 
 @torch.library.custom_op("mace_triton::linear_grad_w", mutates_args=())
@@ -89,7 +94,7 @@ def _grad_w(x: Tensor, grad: Tensor, problem: str, mode: str, scale: float) -> T
     spec, which = LinearProblem.from_key(problem), dispatch.backend(x)
     dispatch.count("linear_grad_w", which)
     if which == "reference":
-        return reference.linear_grad_w(spec, x, grad, mode, scale)
+        return reference.linear_grad_w(spec, x, grad.to(x.dtype), mode, scale)
     return _kernels().grad_w(spec, x.contiguous(), grad.contiguous(), mode, scale)
 
 
@@ -99,25 +104,27 @@ def _(x, grad, problem, mode, scale):
 
 
 def _setup_linear(ctx, inputs, output):
-    x, weight, weight_lowp, _, _, *ctx.rest = inputs
+    x, weight, weight_lowp, _, _, *ctx.rest, _ = inputs
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, weight_lowp)
 
 
 def _linear_backward(ctx, g):
     x, weight, weight_lowp = ctx.saved_tensors
     need_x, need_weight, _, need_bias, need_residual = ctx.needs_input_grad[:5]
+    wide = g.to(weight.dtype) if need_bias or need_residual else g
     return (
         _grad_x(g, weight, weight_lowp, *ctx.rest) if need_x else None,
         _grad_w(x, g, *ctx.rest) if need_weight else None,
         None,
-        reference.bias_grad(LinearProblem.from_key(ctx.rest[0]), g) if need_bias else None,
-        g if need_residual else None,
-        *(None,) * 3,
+        reference.bias_grad(LinearProblem.from_key(ctx.rest[0]), wide) if need_bias else None,
+        wide if need_residual else None,
+        *(None,) * 4,
     )
 
 
 def _setup_grad_x(ctx, inputs, output):
     grad, weight, weight_lowp, *ctx.rest = inputs
+    ctx.stored = grad.dtype
     ctx.save_for_backward(grad if ctx.needs_input_grad[1] else None, weight, weight_lowp)
 
 
@@ -125,7 +132,7 @@ def _grad_x_backward(ctx, a):
     grad, weight, weight_lowp = ctx.saved_tensors
     need_grad, need_weight = ctx.needs_input_grad[:2]
     return (
-        _linear(a, weight, weight_lowp, None, None, *ctx.rest) if need_grad else None,
+        _linear(a, weight, weight_lowp, None, None, *ctx.rest, ctx.stored) if need_grad else None,
         _grad_w(a, grad, *ctx.rest) if need_weight else None,
         *(None,) * 4,
     )
@@ -141,7 +148,7 @@ def _grad_w_backward(ctx, q):
     need_x, need_grad = ctx.needs_input_grad[:2]
     return (
         _grad_x(grad, q, None, *ctx.rest) if need_x else None,
-        _linear(x, q, None, None, None, *ctx.rest) if need_grad else None,
+        _linear(x, q, None, None, None, *ctx.rest, grad.dtype) if need_grad else None,
         *(None,) * 3,
     )
 
@@ -189,11 +196,13 @@ def linear(
     residual: Tensor | None = None,
     scale: float = 1.0,
     weight_lowp: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """out[N, dim_out] = scale (alpha x W) + bias + residual, the map of `LinearProblem`; differentiable to any order.
 
     x [N, dim_in], weight [weight_numel], bias [bias_numel] (zero where None), residual [N, dim_out] have one dtype:
-    float64 for mode "fp64", float32 for the others. The output has it too. `scale` leaves bias and residual alone.
+    float64 for mode "fp64", float32 for the others. The output has it too, or is rounded to out_dtype (bfloat16 or
+    float16 beside float32), in which its gradient then comes back. `scale` leaves bias and residual alone.
     mode: operand precision of the products, one of "fp64", "ieee", "tf32x3", "tf32", "bf16", "fp16"; sums are FP32
     (FP64 for "fp64"). weight_lowp: `lowp_weight(weight, mode)`, if the caller keeps such a copy.
     Weights and fan-in as in e3nn 0.4.4 `o3.Linear`.
@@ -206,4 +215,6 @@ def linear(
     if residual is not None:
         _check_like(x, residual, "residual", (x.shape[0], problem.dim_out))
     check_lowp(weight, weight_lowp, mode)
-    return _linear(x, weight, weight_lowp, bias, residual, problem.key, mode, scale)
+    if out_dtype not in (None, x.dtype) and (x.dtype, out_dtype) not in _STORED:
+        raise TypeError(f"out_dtype must be x's dtype, or 16 bits where that is float32, got {out_dtype} for {x.dtype}")
+    return _linear(x, weight, weight_lowp, bias, residual, problem.key, mode, scale, out_dtype)

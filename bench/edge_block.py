@@ -1,0 +1,105 @@
+"""From the vectors of a water box's edges to what a MACE-MP interaction needs of them: harmonics and radial weights.
+
+Lengths, spherical harmonics to l = 3, 10 Bessel functions with the polynomial cutoff, then (but for case "features")
+the radial network in front of the second layer's conv_tp. Weights are frozen, gradients are those of the vectors, as
+for forces. e3nn stands for all providers of MACE here: none of them replaces these modules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from . import providers, structures, timing
+from .blocks import DIRECTIONS, ConvCase, Prepared, _generator, _leaves, _randn, gate, poison
+
+FEATURES, HIDDEN, HARMONICS, R_MAX = 10, (64, 64, 64), 16, 6.0
+TOLERANCE = {"fp64": 1e-11, "fp32": 1e-5, "tf32": 3e-3, "bf16": 2e-2}
+"""Relative error allowed: of the network's four layers, and in FP64 of FP32-free but long sums."""
+
+
+@dataclass(frozen=True)
+class EdgeCase:
+    """`name`: "features", without the network, or a MACE-MP model: with the network in front of its second layer."""
+
+    name: str
+    atoms: int
+    channels: int = 128
+    block: str = "edge_embedding"
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        if self.name == "features":
+            return (FEATURES,)
+        return (FEATURES, *HIDDEN, ConvCase(self.name, self.atoms, self.channels).problem.weight_numel)
+
+    @property
+    def edges(self) -> int:
+        return structures.graph(self.atoms, R_MAX).n_edges
+
+    def inputs(self, precision: str, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors [E, 3] in angstrom, shaken a little, and the gradients of the harmonics and of the weights."""
+        graph, dtype, generator = structures.graph(self.atoms, R_MAX), torch.float64, _generator(device, seed)
+        sender, receiver = graph.edge_index
+        vectors = torch.from_numpy(graph.positions[receiver] - graph.positions[sender] + graph.shifts).to(device)
+        vectors = vectors + 0.01 * _randn(self.edges, 3, dtype, device, generator)
+        gradients = (_randn(self.edges, width, dtype, device, generator) for width in (HARMONICS, self.widths[-1]))
+        return tuple(t.to(providers.model_dtype(precision)) for t in (vectors, *gradients))
+
+    def work(self, size: int) -> tuple[dict[str, int], dict[str, int]]:
+        """Bytes and operations of each direction; the products of the network alone are counted."""
+        moved = self.edges * (3 + HARMONICS + self.widths[-1]) * size
+        products = 2 * self.edges * sum(a * b for a, b in zip(self.widths[:-1], self.widths[1:], strict=True))
+        return {d: n * moved for d, n in zip(DIRECTIONS, (1, 2), strict=True)}, {
+            d: n * products for d, n in zip(DIRECTIONS, (1, 2), strict=True)
+        }
+
+    def prepare(self, provider: str, precision: str, variant: str, device: torch.device) -> Prepared:
+        block = providers.builder(self.block, provider)(self.widths, R_MAX, precision, device)
+        for weight in block.weights:
+            weight.requires_grad_(False)
+        work, flops = self.work(providers.model_dtype(precision).itemsize)
+        calls = {d: [] for d in DIRECTIONS}
+        for seed in range(timing.sets_beyond_cache(work["forward"], device)):
+            vectors, *g = self.inputs(precision, device, seed)
+            calls["forward"].append(_call(block, vectors, precision))
+            calls["forward+backward"].append(_call(block, *_leaves(vectors), precision, g))
+        exact = reference(self, precision, device)
+        poison(g[-1])
+        harmonics, weights, gv = calls["forward+backward"][0]()
+        results = {"harmonics": harmonics, "weights": weights, "gv": gv}
+        errors = gate(results, exact, dict.fromkeys(results, TOLERANCE[precision]))
+        return Prepared(calls, work, flops, errors, {"edges": self.edges})
+
+
+def _call(block: providers.Block, vectors: Tensor, precision: str, g: list[Tensor] | None = None):
+    """One call: the results, with the gradient of the vectors where `g` is given."""
+
+    def forward():
+        with torch.no_grad(), providers.matmul_precision(precision):
+            return block.call(vectors)
+
+    def both():
+        with providers.matmul_precision(precision):
+            results = block.call(vectors)
+            return *results, *torch.autograd.grad(results, vectors, cotangents)
+
+    if g is None:
+        return forward
+    with torch.no_grad():  # a result stored in 16 bits gets its gradient in them
+        cotangents = [t.to(result.dtype) for t, result in zip(g, block.call(vectors), strict=True)]
+    return both
+
+
+@lru_cache(maxsize=1)
+def reference(case: EdgeCase, precision: str, device: torch.device) -> dict[str, Tensor]:
+    """e3nn in FP64 on the inputs of seed 0."""
+    vectors, *g = (t.to(torch.float64) for t in case.inputs(precision, device, seed=0))
+    block = providers.builder(case.block, "e3nn")(case.widths, R_MAX, "fp64", device)
+    (vectors,) = _leaves(vectors)
+    harmonics, weights = block.call(vectors)
+    (gv,) = torch.autograd.grad((harmonics, weights), vectors, g)
+    return {"harmonics": harmonics.detach(), "weights": weights.detach(), "gv": gv}

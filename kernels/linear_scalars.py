@@ -1,0 +1,237 @@
+"""A linear map of few scalars to many, on many rows: the radial network's last layer, [edges, 64] -> [edges, 1280].
+
+    out[n, w] = scale alpha sum_u x[n, u] W[u, w] + bias[w]          gx[n, u] = scale alpha sum_w g[n, w] W[u, w]
+
+The work is to write out and to read g. Forward: a program keeps one block of columns of W and walks over the rows, so
+that W is rounded once and the rows' tiles are the only operands that move. Transposed: a program owns BLOCK_M rows and
+all of gx and walks over the columns. Both write what type they are given; g may be stored in 16 bits.
+
+For "tf32x3" W comes as W' + W'' (see `products.dot`), split by a kernel of its own before either starts.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from . import tiles
+from .products import _dot_tf32, _round_tf32
+
+MODES = ("tf32x3", "tf32", "bf16", "fp16")
+WIDTHS = (16, 32, 64, 128)
+"""How many scalars the narrow side may have."""
+
+
+@triton.jit
+def linear_scalars_split_kernel(
+    w_ptr,  # [size]
+    part_ptr,  # [2, size]: W', W''
+    size,
+    BLOCK: tl.constexpr,
+):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    w = tl.load(w_ptr + place, mask=place < size, other=0.0)
+    high = _round_tf32(w)
+    tl.store(part_ptr + place, high, mask=place < size)
+    tl.store(part_ptr + size + place, w - high, mask=place < size)
+
+
+@triton.jit
+def _dot(a, high, low, acc, MODE: tl.constexpr, INTERPRET: tl.constexpr):
+    """acc + a (high + low), a being FP32 or in 16 bits; only "tf32x3" looks at low."""
+    if MODE == "tf32x3":
+        a = a.to(tl.float32)
+        high_a = _round_tf32(a)
+        acc = _dot_tf32(a - high_a, high, acc, INTERPRET)
+        acc = _dot_tf32(high_a, low, acc, INTERPRET)
+        return _dot_tf32(high_a, high, acc, INTERPRET)
+    elif MODE == "tf32":
+        a = a.to(tl.float32)
+        return _dot_tf32(tl.where(a == a, _round_tf32(a), a), high, acc, INTERPRET)  # a NaN stays one
+    else:
+        a = a.to(high.dtype)
+        if INTERPRET:  # its dot is wrong for bf16
+            return tl.dot(a.to(tl.float32), high.to(tl.float32), acc, input_precision="ieee")
+        else:
+            return tl.dot(a, high, acc)
+
+
+@triton.jit
+def _weights(w_ptr, u, column, width, size, MODE: tl.constexpr):
+    """W' and W'' [BLOCK_N, K]; W twice in the modes without W''."""
+    place = u[None, :] * width + column[:, None]
+    mask = (column < width)[:, None]
+    high = tl.load(w_ptr + place, mask=mask, other=0.0)
+    if MODE == "tf32x3":
+        return high, tl.load(w_ptr + size + place, mask=mask, other=0.0)
+    elif MODE == "tf32":
+        high = tl.where(high == high, _round_tf32(high), high)
+        return high, high
+    else:
+        return high, high
+
+
+@triton.jit(do_not_specialize=["rows"])
+def linear_scalars_fwd_kernel(
+    x_ptr,  # [rows, K]
+    w_ptr,  # [K, width], or [2, K, width]
+    bias_ptr,  # [width]
+    out_ptr,  # [rows, width]
+    rows,
+    width,
+    scale,
+    HAS_BIAS: tl.constexpr,
+    MODE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    u, column = tl.arange(0, K), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    high, low = _weights(w_ptr, u, column, width, K * width, MODE)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + column, mask=column < width, other=0.0)[None, :]
+    for first in range(tl.program_id(0) * BLOCK_M, rows, tl.num_programs(0) * BLOCK_M):
+        row = first + tl.arange(0, BLOCK_M)
+        inside = (row < rows)[:, None]
+        x = tl.load(x_ptr + row[:, None] * K + u[None, :], mask=inside, other=0.0)
+        acc = _dot(x, high.T, low.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), MODE, INTERPRET) * scale
+        if HAS_BIAS:
+            acc += bias
+        place = row.to(tl.int64)[:, None] * width + column[None, :]
+        tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=inside & (column < width)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def linear_scalars_bwd_kernel(
+    g_ptr,  # [rows, width]
+    w_ptr,  # [K, width], or [2, K, width]
+    gx_ptr,  # [rows, K]
+    rows,
+    width,
+    scale,
+    MODE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row, u = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, K)
+    inside = (row < rows)[:, None]
+    g_row = g_ptr + row.to(tl.int64)[:, None] * width
+    acc = tl.zeros((BLOCK_M, K), tl.float32)
+    for first in range(0, width, BLOCK_N):
+        column = first + tl.arange(0, BLOCK_N)
+        mask = (column < width)[None, :]
+        g = tl.load(g_row + column[None, :], mask=inside & mask, other=0.0)
+        place = u[:, None] * width + column[None, :]
+        high = tl.load(w_ptr + place, mask=mask, other=0.0)
+        low = high
+        if MODE == "tf32x3":
+            low = tl.load(w_ptr + K * width + place, mask=mask, other=0.0)
+        if MODE == "tf32":
+            high = tl.where(high == high, _round_tf32(high), high)
+        if MODE == "tf32x3":  # sums of a block join the long sum in a rounded addition, see `products.dot`
+            acc += _dot(g, high.T, low.T, tl.zeros_like(acc), MODE, INTERPRET)
+        else:
+            acc = _dot(g, high.T, low.T, acc, MODE, INTERPRET)
+    tl.store(gx_ptr + row[:, None] * K + u[None, :], acc * scale, mask=inside)
+
+
+def fits(problem, mode: str) -> bool:
+    """Whether these kernels compute the map: one block of scalars from 16, 32, 64 or 128 to at least as many."""
+    if mode not in MODES or torch.version.hip or len(problem.blocks) != 1:
+        return False
+    slots = (*problem.slots_in, *problem.slots_out)
+    narrow, wide = problem.dim_in, problem.dim_out
+    return len(slots) == 2 and all(s.dim == 1 for s in slots) and narrow in WIDTHS and wide >= max(narrow, 64)
+
+
+@lru_cache(maxsize=8)
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _operand(weight: torch.Tensor, mode: str) -> torch.Tensor:
+    """The weights as the kernels read them: in two parts for "tf32x3"."""
+    if mode != "tf32x3":
+        return weight
+    parts = torch.empty(2, weight.numel(), dtype=weight.dtype, device=weight.device)
+    block = 1024
+    with torch.cuda.device_of(weight):
+        linear_scalars_split_kernel[(triton.cdiv(weight.numel(), block),)](weight, parts, weight.numel(), BLOCK=block)
+    return parts
+
+
+def _constants(problem, mode: str, tile: tiles.Tile) -> dict:
+    interpret = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    blocks = {name: tile[name] for name in ("BLOCK_M", "BLOCK_N")}
+    return {"MODE": mode, "INTERPRET": interpret, "K": problem.dim_in} | blocks | launch
+
+
+def forward(problem, x, weight, bias, mode: str, scale: float, out_dtype: torch.dtype) -> torch.Tensor:
+    """x [N, K] float32 contiguous, weight [K width] in the operands' dtype -> [N, width] of out_dtype."""
+    rows, width = x.shape[0], problem.dim_out
+    out = torch.empty(rows, width, dtype=out_dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    tile = tiles.choose("linear_scalars_fwd", mode=mode, width=width, rows=rows)
+    columns = triton.cdiv(width, tile["BLOCK_N"])
+    walkers = max(1, tile["PER_PROCESSOR"] * _processors(x.device) // columns)
+    grid = (min(walkers, triton.cdiv(rows, tile["BLOCK_M"])), columns)
+    weight, factor = _operand(weight, mode), scale * problem.blocks[0].alpha
+    with torch.cuda.device_of(x):
+        linear_scalars_fwd_kernel[grid](
+            x,
+            weight,
+            x if bias is None else bias,
+            out,
+            rows,
+            width,
+            factor,
+            HAS_BIAS=bias is not None,
+            **_constants(problem, mode, tile),
+        )
+    return out
+
+
+def grad_x(problem, grad: torch.Tensor, weight: torch.Tensor, mode: str, scale: float) -> torch.Tensor:
+    """grad [N, width] contiguous, in any dtype below FP64, weight as in `forward` -> [N, K] float32."""
+    rows, width = grad.shape
+    gx = torch.empty(rows, problem.dim_in, dtype=torch.float32, device=grad.device)
+    if gx.numel() == 0:
+        return gx
+    tile = tiles.choose("linear_scalars_bwd", mode=mode, width=width, rows=rows)
+    weight, factor = _operand(weight, mode), scale * problem.blocks[0].alpha
+    with torch.cuda.device_of(grad):
+        linear_scalars_bwd_kernel[(triton.cdiv(rows, tile["BLOCK_M"]),)](
+            grad, weight, gx, rows, width, factor, **_constants(problem, mode, tile)
+        )
+    return gx
+
+
+def offline_cases(target: str = "sm_90") -> list:
+    """Specialisations for `offline.compile_cases`: 64 scalars to 1280, the tiles in use. None on AMD."""
+    from .offline import Case
+
+    cases = []
+    for mode in () if target.startswith("gfx") else MODES:
+        low = {"bf16": "*bf16", "fp16": "*fp16"}.get(mode, "*fp32")
+        for op, wide in (("fwd", "out_ptr"), ("bwd", "g_ptr")):
+            for stored in ("*fp32", low) if low != "*fp32" else (low,):
+                tile = tiles.choose(f"linear_scalars_{op}", arch=target, mode=mode, width=1280, rows=129470)
+                pointers = {"x_ptr": "*fp32", "bias_ptr": "*fp32"} if op == "fwd" else {"gx_ptr": "*fp32"}
+                pointers |= {"w_ptr": low, wide: stored}
+                signature = pointers | {"rows": "i32", "width": "i32", "scale": "fp32"}
+                constants = {"MODE": mode, "INTERPRET": False, "K": 64}
+                constants |= {name: tile[name] for name in ("BLOCK_M", "BLOCK_N")}
+                constants |= {"HAS_BIAS": False} if op == "fwd" else {}
+                launch = (constants, tile.num_warps, tile.num_stages, (*pointers, "width"))
+                title = f"linear_scalars_{op} {mode} {stored[1:]}"
+                cases.append(Case(title, "linear_scalars", f"linear_scalars_{op}_kernel", signature, *launch))
+    return cases
