@@ -367,7 +367,7 @@ def test_a_certificate_needs_energies(device):
 
 
 class Les(torch.nn.Module):
-    """Stands in for the package les, which no registry has: any smooth energy of the charges and distances."""
+    """Stands in for les, which is not published as a package: any smooth energy of the charges and distances."""
 
     def __init__(self, les_arguments: dict):
         super().__init__()
