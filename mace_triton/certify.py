@@ -8,7 +8,7 @@ import ase.data
 import mace  # noqa: F401  before e3nn, see mace_triton/__init__.py
 import numpy as np
 import torch
-from mace.data import AtomicData, config_from_atoms
+from mace.data import AtomicData, KeySpecification, config_from_atoms
 from mace.tools import AtomicNumberTable, torch_geometric
 from mace.tools.torch_tools import default_dtype
 
@@ -88,7 +88,8 @@ def certify(
     model_e3nn: the plain model of any dtype (a float64 copy is used); None restores it from `model_fast`. head: of a
     model with several. budget: instead of the policy's in `BUDGETS`. Neither model is changed.
 
-    Raises ValueError for an unknown head, an empty structure, or an element that the model does not know.
+    Raises ValueError for an unknown head, an empty structure, an element that the model does not know, or a model
+    without energies.
     """
     conversion = getattr(model_fast, "mace_triton", None)
     dtype = next(model_fast.parameters()).dtype
@@ -120,8 +121,11 @@ def certify(
 def single_point(model: torch.nn.Module, atoms: ase.Atoms, *, head: str | None = None) -> dict:
     """Energy (eV), forces (eV/angstrom) and, for three periodic directions, stress (eV/angstrom^3) as float64 numpy.
 
-    The neighbour list and the input are made in the model's own dtype. Raises as `certify` does.
+    The neighbour list and the input are made in the model's own dtype. What models read beside the atoms (charge, spin,
+    external_field) comes from atoms.info, as in MACECalculator. Raises as `certify` does.
     """
+    if not hasattr(model, "atomic_energies_fn"):
+        raise ValueError(f"{type(model).__name__} has no energy and forces to compare")
     first = next(model.parameters())
     batch = _batch(model, atoms, head, first.dtype).to(first.device)
     periodic = bool(atoms.pbc.all())
@@ -131,13 +135,16 @@ def single_point(model: torch.nn.Module, atoms: ase.Atoms, *, head: str | None =
     return result | {"energy": out["energy"].double().item()}
 
 
+_READ_FROM_INFO = {"total_charge": "charge", "total_spin": "spin", "external_field": "external_field"}
+
+
 def _batch(model: torch.nn.Module, atoms: ase.Atoms, head: str | None, dtype: torch.dtype):
     table = AtomicNumberTable([int(z) for z in model.atomic_numbers])
     heads = list(getattr(model, "heads", None) or ["Default"])
     check_structure(atoms, table.zs)
     head = pick_head(heads, head)
     with default_dtype(dtype):
-        config = config_from_atoms(atoms, head_name=head)
+        config = config_from_atoms(atoms, KeySpecification(dict(_READ_FROM_INFO), {"charges": "Qs"}), head_name=head)
         graph = AtomicData.from_config(config, z_table=table, cutoff=float(model.r_max), heads=heads)
     return torch_geometric.Batch.from_data_list([graph])
 

@@ -14,12 +14,15 @@ from mace.calculators import foundations_models as foundations
 from mace.modules import blocks, models
 from mace.modules.irreps_tools import reshape_irreps
 from mace.modules.radial import RadialMLP
+from mace.modules.symmetric_contraction import EmptyParam
 from mace.modules.symmetric_contraction import SymmetricContraction as PlainContraction
 
+from .coverage import HOSTS, foreign_reason, kept_reason
 from .linear_problem import LinearProblem
 from .nn.conv import ConvTP, problem_of
 from .nn.edge_embedding import EdgeHarmonics, EdgeRadial, check_harmonics, kinds_of
 from .nn.linear import IrrepsLinear
+from .nn.norm_mlp import NormNet, problems_of
 from .nn.radial_mlp import RadialNet
 from .nn.radial_mlp import problem_of as radial_problem_of
 from .nn.species_linear import SpeciesLinear
@@ -31,7 +34,10 @@ from .precision import PRESETS, Precision
 
 # e3nn's or MACE's class -> ours, and the check that it can stand in. Whoever the parent is, it calls them alike.
 _EDGE = {o3.SphericalHarmonics: (EdgeHarmonics, check_harmonics), blocks.RadialEmbeddingBlock: (EdgeRadial, kinds_of)}
-_OURS = (IrrepsLinear, ConvTP, RadialNet, SpeciesLinear, SymmetricContraction, ReshapeIrreps, EdgeHarmonics, EdgeRadial)
+_OURS = (
+    *(IrrepsLinear, ConvTP, RadialNet, NormNet, SpeciesLinear, SymmetricContraction, ReshapeIrreps),
+    *(EdgeHarmonics, EdgeRadial),
+)
 MODELS = (models.MACE, models.AtomicDipolesMACE, models.AtomicDielectricMACE, models.EnergyDipolesMACE)
 
 
@@ -63,7 +69,8 @@ BLOCKS: dict[type, Inner] = {
 }
 
 # Embeddings and readouts cost nothing beside the rest and their rounding goes straight into the energy (or into every
-# edge weight), so a low-precision policy leaves them as exact as its parameters.
+# edge weight, or into charges that act at any distance), so a low-precision policy leaves them as exact as its
+# parameters.
 EXACT = (
     "node_embedding",
     "readouts",
@@ -71,7 +78,11 @@ EXACT = (
     "source_embedding",
     "target_embedding",
     "conv_tp_weights",
+    "density_fn",
+    *("lr_source_maps", "fukui_source_map", "field_dependent_charges_maps", "local_electron_energy"),  # PolarMACE
+    "les_readouts",
 )
+RADIAL = ("conv_tp_weights", "density_fn")
 
 AMD_TERMS = 128
 """Longer symmetric contractions stay MACE's on AMD GPUs: see "Compile time" in docs/symmetric_contraction.md."""
@@ -158,7 +169,8 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
     Raises TypeError or ValueError for the models that `accelerate` refuses.
     """
     check_model(model)
-    plain = copy.deepcopy(model)
+    # MACE's EmptyParam, the weight of paths that do not exist (use_so3), cannot be deep-copied by PyTorch.
+    plain = copy.deepcopy(model, {id(p): EmptyParam(p.detach()) for p in model.parameters() if type(p) is EmptyParam})
     with torch.random.fork_rng(devices=[]):  # e3nn draws weights that the restored ones replace
         for name, module in list(plain.named_modules()):
             if isinstance(module, _OURS):
@@ -175,7 +187,7 @@ def report(model: torch.nn.Module) -> Report:
     check_model(model)
     conversion = getattr(model, "mace_triton", None)
     like = next(model.parameters())
-    rows = [_row(name, module, conversion, like) for name, module in model.named_modules() if _is_block(module)]
+    rows = [_row(name, module, conversion, like) for name, module in _blocks(model)]
     name = type(model).__name__
     if conversion is None:
         return Report(f"{name}: plain MACE, not accelerated", tuple(rows))
@@ -264,14 +276,17 @@ def _policy(model: torch.nn.Module, precision: str | Precision | None) -> Precis
 
 
 def _candidates(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, torch.nn.Module]]:
-    """(name, parent, module) of every module that has a kernel of ours."""
+    """(name, user, module) of every module that has a kernel of ours; a list's modules are used by its parent."""
     for prefix, parent in model.named_modules():
+        in_list = type(parent) is torch.nn.ModuleList
+        user = model.get_submodule(prefix.rpartition(".")[0]) if in_list else parent
         for key, child in parent.named_children():
             is_conv = key == "conv_tp" and isinstance(child, o3.TensorProduct)
             is_skip = key == "skip_tp" and type(child) is o3.FullyConnectedTensorProduct
-            is_radial = key == "conv_tp_weights" and type(child) is nn.FullyConnectedNet
-            if type(child) in (o3.Linear, PlainContraction, *_EDGE) or is_conv or is_skip or is_radial:
-                yield f"{prefix}.{key}" if prefix else key, parent, child
+            is_radial = key in RADIAL and type(child) is nn.FullyConnectedNet
+            plain = type(child) in (o3.Linear, PlainContraction, RadialMLP, *_EDGE)
+            if not foreign_reason(user) and (plain or is_conv or is_skip or is_radial):
+                yield f"{prefix}.{key}" if prefix else key, user, child
 
 
 def _refusal(parent: torch.nn.Module, child: torch.nn.Module) -> str:
@@ -279,7 +294,7 @@ def _refusal(parent: torch.nn.Module, child: torch.nn.Module) -> str:
     kind = type(parent)
     if isinstance(parent, blocks.InteractionBlock) and kind not in BLOCKS:
         return f"interaction block {kind.__name__} is not known"
-    if kind.__module__ != blocks.__name__ and type(child) not in _EDGE:
+    if kind.__module__ not in HOSTS and type(child) not in _EDGE:
         return f"{kind.__module__}.{kind.__name__} may use it in its own way"
     try:
         problem = _problem(child)
@@ -300,6 +315,8 @@ def _problem(module: torch.nn.Module) -> object:
         return species_problem_of(module)[0]
     if isinstance(module, nn.FullyConnectedNet):
         return radial_problem_of(module)[0]
+    if isinstance(module, RadialMLP):
+        return problems_of(module)[0]
     return problem_of(module) if isinstance(module, o3.TensorProduct) else LinearProblem.from_module(module)
 
 
@@ -381,15 +398,18 @@ def _replacement(
     if isinstance(module, o3.FullyConnectedTensorProduct):
         return SpeciesLinear(module, policy.linear, layout_in, layout_out)
     if isinstance(module, o3.TensorProduct):
-        written = isinstance(
-            parent.conv_tp_weights, nn.FullyConnectedNet
-        )  # others write `dtype`: a copy would cost more
+        # Other networks write `dtype`: a copy to the storage would cost more than it saves.
+        written = isinstance(parent.conv_tp_weights, nn.FullyConnectedNet)
         storage = policy.tensor_product if written else policy.dtype
         return ConvTP(module, storage, layout_in, layout_out, conversion.deterministic)
     exact = any(part in EXACT for part in name.split("."))
     mode = PRESETS[policy.dtype].linear if exact else policy.linear
     if isinstance(module, nn.FullyConnectedNet):
-        return RadialNet(module, mode, policy.linear, policy.tensor_product)
+        if name.endswith(".conv_tp_weights"):
+            return RadialNet(module, mode, policy.linear, policy.tensor_product)
+        return RadialNet(module, mode, storage=policy.dtype)  # a density divides: no low precision
+    if isinstance(module, RadialMLP):
+        return NormNet(module, mode)
     return IrrepsLinear(module, mode, layout_in=layout_in, layout_out=layout_out)
 
 
@@ -405,17 +425,20 @@ def _swap(model: torch.nn.Module, name: str, new: torch.nn.Module) -> None:
         del parent.conv_fusion
 
 
-_SWAPPABLE = (o3.Linear, o3.TensorProduct, PlainContraction)
-_NO_KERNEL = (
-    o3.SphericalHarmonics,
-    blocks.RadialEmbeddingBlock,
-    nn.FullyConnectedNet,
-    RadialMLP,
-)
+_SWAPPABLE = (o3.Linear, o3.TensorProduct, PlainContraction, RadialMLP, *_EDGE)
 
 
-def _is_block(module: torch.nn.Module) -> bool:
-    return isinstance(module, (*_OURS, *_SWAPPABLE, *_NO_KERNEL)) and not isinstance(module, ReshapeIrreps)
+def _blocks(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The modules that `report` has a row for; of another package's module only the whole."""
+    whole = ()
+    for name, module in model.named_modules():
+        if name.startswith(whole):
+            continue
+        if foreign_reason(module):
+            whole = (*whole, f"{name}.")
+        known = isinstance(module, (*_OURS, *_SWAPPABLE)) or kept_reason(module)
+        if known and not isinstance(module, ReshapeIrreps):
+            yield name, module
 
 
 def _row(name: str, module: torch.nn.Module, conversion: Conversion | None, like: torch.Tensor) -> Row:
@@ -429,17 +452,29 @@ def _row(name: str, module: torch.nn.Module, conversion: Conversion | None, like
         layout = f"{module.problem.layout_in} -> {module.problem.layout_out}"
         runs = _runs("channelwise_tp", module.output_mask)
         return Row(name, kind, runs, f"{module.run_storage} weights", layout)
+    if isinstance(module, NormNet):
+        return Row(name, kind, _network(module, "norm_mlp"), module.run_mode, "mul_ir")
     if isinstance(module, RadialNet):
-        weight = module.layers[-1].weight
-        runs = _runs("radial_mlp", weight) if module.fused else f"MACE's own code, last layer {_runs('linear', weight)}"
-        return Row(name, kind, runs, f"{module.run_mode}, last layer {module.run_last_mode}", "mul_ir")
+        precision = f"{module.run_mode}, last layer {module.run_last_mode}"
+        return Row(name, kind, _network(module, "radial_mlp"), precision, "mul_ir")
     if isinstance(module, SymmetricContraction):
         runs = _runs("symmetric_contraction", module.table)
         return Row(name, kind, runs, dtype, f"ir_mul -> {module.layout_out}")
     if isinstance(module, (EdgeHarmonics, EdgeRadial)):
         return Row(name, kind, _runs("edge_embedding", like), dtype, "mul_ir")
-    reason = "not accelerated" if conversion is None else conversion.kept.get(name, "no kernel yet")
+    reason = "not accelerated"
+    if conversion is not None:
+        reason = conversion.kept.get(name) or kept_reason(module) or "no kernel for this use of it"
     return Row(name, kind, f"MACE's own code: {reason}", dtype, "mul_ir")
+
+
+def _network(module: RadialNet | NormNet, kernel: str) -> str:
+    """What runs the layers of a network: its kernel the hidden ones, or the linear op all there are."""
+    weight = next(module.parameters())
+    linear = _runs("linear", weight)
+    if module.depth == 1:
+        return linear
+    return _runs(kernel, weight) if module.fused else f"MACE's own code, last layer {linear}"
 
 
 def _runs(kernel: str, tensor: torch.Tensor) -> str:

@@ -262,7 +262,7 @@ def test_report_lists_what_runs(device, reference_path):
     where = "kernels/{}.py" if device.type == "cuda" else "{}, reference formulas on the CPU"
     assert rows["interactions.1.conv_tp"].runs == where.format("channelwise_tp")
     assert rows["products.0.symmetric_contractions"].runs == where.format("symmetric_contraction")
-    assert rows["interactions.1.conv_tp_weights"].runs == "MACE's own code: no kernel yet"
+    assert rows["interactions.1.conv_tp_weights"].runs == where.format("norm_mlp")
     table = str(mt.report(fast)).splitlines()
     assert table[0] == "ScaleShiftMACE: precision bf16, sums in any order"
     starts = {line.index(row.layout) for line, row in zip(table[2:], mt.report(fast).rows, strict=True)}

@@ -13,11 +13,13 @@ BASE = (
     "linear_problem",
     "symmetric_contraction_problem",
     "layout",
+    "coverage",
     "precision",
     "reference",
     "reference_edge_embedding",
     "reference_linear",
     "reference_radial_mlp",
+    "reference_norm_mlp",
     "reference_symmetric_contraction",
 )
 LEVELS = dict.fromkeys((*BASE, "kernels"), 0) | {"ops": 1, "nn": 2, "convert": 3}

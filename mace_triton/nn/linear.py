@@ -30,6 +30,7 @@ class IrrepsLinear(torch.nn.Module):
         self.mode = mode
         self.irreps_in, self.irreps_out = module.irreps_in, module.irreps_out
         self.weight_numel, self.bias_numel = module.weight_numel, module.bias_numel
+        self.instructions = module.instructions  # what MACE's LoRA computes merged weights from
         for name, size in (("weight", self.weight_numel), ("bias", self.bias_numel)):
             register = self.register_parameter if size else self.register_buffer
             register(name, getattr(module, name))

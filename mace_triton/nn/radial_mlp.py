@@ -5,6 +5,7 @@ from __future__ import annotations
 import mace  # noqa: F401  before e3nn, see mace_triton/__init__.py
 import torch
 from e3nn import nn
+from e3nn.nn._fc import _Layer as Layer
 
 from ..linear_problem import LinearProblem
 from ..ops.linear import linear, lowp_weight
@@ -46,6 +47,11 @@ class RadialNet(nn.FullyConnectedNet):
     @property
     def layers(self) -> list[torch.nn.Module]:
         return list(self._modules.values())
+
+    @property
+    def depth(self) -> int:
+        """The number of linear layers."""
+        return len(self.layers)
 
     @property
     def fused(self) -> bool:
@@ -107,9 +113,12 @@ def _pack(weights: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 def problem_of(net: nn.FullyConnectedNet) -> tuple[LinearProblem, float | None]:
     """The linear problem of the last layer, and the activation's norm where the kernel takes the hidden layers.
 
-    Raises ValueError for an activation of the last layer, and for other variances than e3nn's defaults.
+    Raises ValueError for layers that are not e3nn's own, an activation of the last layer, and for other variances than
+    e3nn's defaults.
     """
     *hidden, last = net._modules.values()
+    if any(type(layer) is not Layer for layer in (*hidden, last)):
+        raise ValueError("net: its layers are wrapped (LoRA?); mace.modules.lora.merge_lora_weights unwraps them")
     if last.act is not None:
         raise ValueError("net: its last layer has an activation, which is not supported")
     if any(variance != 1 for layer in (*hidden, last) for variance in (layer.var_in, layer.var_out)):
