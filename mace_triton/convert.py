@@ -409,7 +409,7 @@ def _replacement(
             return RadialNet(module, mode, policy.linear, policy.tensor_product)
         return RadialNet(module, mode, storage=policy.dtype)  # a density divides: no low precision
     if isinstance(module, RadialMLP):
-        return NormNet(module, mode)
+        return NormNet(module, mode, policy.linear if name.endswith(".conv_tp_weights") else None)
     return IrrepsLinear(module, mode, layout_in=layout_in, layout_out=layout_out)
 
 
@@ -452,11 +452,10 @@ def _row(name: str, module: torch.nn.Module, conversion: Conversion | None, like
         layout = f"{module.problem.layout_in} -> {module.problem.layout_out}"
         runs = _runs("channelwise_tp", module.output_mask)
         return Row(name, kind, runs, f"{module.run_storage} weights", layout)
-    if isinstance(module, NormNet):
-        return Row(name, kind, _network(module, "norm_mlp"), module.run_mode, "mul_ir")
-    if isinstance(module, RadialNet):
+    if isinstance(module, (NormNet, RadialNet)):
+        kernel = "norm_mlp" if isinstance(module, NormNet) else "radial_mlp"
         precision = f"{module.run_mode}, last layer {module.run_last_mode}"
-        return Row(name, kind, _network(module, "radial_mlp"), precision, "mul_ir")
+        return Row(name, kind, _network(module, kernel), precision, "mul_ir")
     if isinstance(module, SymmetricContraction):
         runs = _runs("symmetric_contraction", module.table)
         return Row(name, kind, runs, dtype, f"ir_mul -> {module.layout_out}")

@@ -7,7 +7,7 @@ import torch
 from mace.modules.radial import RadialMLP
 
 from ..linear_problem import LinearProblem
-from ..ops.linear import linear
+from ..ops.linear import linear, lowp_weight
 from ..ops.norm_mlp import WIDTHS, norm_mlp
 from ..precision import LINEAR_MODES, mode_for
 from .conv import take_state
@@ -18,21 +18,22 @@ class NormNet(RadialMLP):
     """MACE's `RadialMLP` with its first and last layer on the linear op and, in inference, those between them fused.
 
     It stays a RadialMLP (same attributes, state dict and pickling) and shares the tensors of `net`. mode: operand
-    precision, as in `mace_triton.ops.linear.linear`.
+    precision, as in `mace_triton.ops.linear.linear`; last_mode: of the last layer, `mode` where None.
 
     Where the layers between are trained, or have widths that `ops.norm_mlp` does not take, MACE's layers run instead.
     Raises TypeError when `net` is no plain RadialMLP, ValueError for an unknown mode and what `problems_of` refuses.
     """
 
-    def __init__(self, net: RadialMLP, mode: str):
+    def __init__(self, net: RadialMLP, mode: str, last_mode: str | None = None):
         torch.nn.Module.__init__(self)
         if type(net) is not RadialMLP:
             raise TypeError(f"net must be MACE's RadialMLP, got {type(net).__name__}")
-        if mode not in LINEAR_MODES:
-            raise ValueError(f"mode must be one of {LINEAR_MODES}, got {mode!r}")
+        for name, value in (("mode", mode), ("last_mode", last_mode or mode)):
+            if value not in LINEAR_MODES:
+                raise ValueError(f"{name} must be one of {LINEAR_MODES}, got {value!r}")
         problems = problems_of(net)
         take_state(self, net)
-        self.problems, self.mode = problems, mode
+        self.problems, self.mode, self.last_mode = problems, mode, last_mode or mode
         self._packed, self._first, self._last = Derived(), Derived(), Derived()
 
     @property
@@ -51,28 +52,25 @@ class NormNet(RadialMLP):
         """The mode for the weights' dtype: "fp64" after `.double()`, "tf32x3" after `.float()` of an FP64 network."""
         return mode_for(self.mode, self.net[-1].weight.dtype)
 
+    @property
+    def run_last_mode(self) -> str:
+        """The same of the last layer."""
+        return mode_for(self.last_mode, self.net[-1].weight.dtype)
+
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """inputs [E, hs[0]] -> [E, hs[-1]]."""
         layers = list(self.net)
         first, between, last = layers[0], layers[1:-1], layers[-1]
-        x = self._linear(first, self.problems[0], inputs, self._first)
         if len(layers) == 1:
-            return x
+            return _linear(last, self.problems[0], inputs, self.run_last_mode, self._last)
+        x = _linear(first, self.problems[0], inputs, self.run_mode, self._first)
         parameters = [p for layer in between for p in layer.parameters()]
         if self.fused and not (torch.is_grad_enabled() and any(p.requires_grad for p in parameters)):
             x = norm_mlp(x, *self._pack(between, parameters), eps=between[0].eps, mode=self.run_mode)
         else:
             for layer in between:
                 x = layer(x)
-        return self._linear(last, self.problems[1], x, self._last)
-
-    def _linear(self, layer: torch.nn.Linear, problem: LinearProblem, x: torch.Tensor, kept: Derived) -> torch.Tensor:
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and layer.weight.requires_grad):
-            weight = layer.weight.t().reshape(-1)
-        else:
-            weight = kept.get((layer.weight,), lambda: layer.weight.t().reshape(-1))
-        scale = layer.in_features**0.5  # the op divides by the root of the fan-in, as e3nn's linears
-        return linear(problem, x, weight, mode=self.run_mode, bias=layer.bias, scale=scale)
+        return _linear(last, self.problems[1], x, self.run_last_mode, self._last)
 
     def _pack(self, between: list[torch.nn.Module], parameters: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """hidden, bias, gain and shift as `ops.norm_mlp` takes them."""
@@ -85,9 +83,22 @@ class NormNet(RadialMLP):
         net = RadialMLP.__new__(RadialMLP)
         torch.nn.Module.__init__(net)
         take_state(net, self)
-        for name in ("problems", "mode", "_packed", "_first", "_last"):
+        for name in ("problems", "mode", "last_mode", "_packed", "_first", "_last"):
             del net.__dict__[name]
         return net
+
+
+def _linear(layer: torch.nn.Linear, problem: LinearProblem, x: torch.Tensor, mode: str, kept: Derived) -> torch.Tensor:
+    def copies() -> tuple[torch.Tensor, torch.Tensor]:
+        weight = layer.weight.t().reshape(-1)
+        return weight, lowp_weight(weight, mode, problem)
+
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and layer.weight.requires_grad):
+        weight, lowp = layer.weight.t().reshape(-1), None
+    else:
+        weight, lowp = kept.get((layer.weight,), copies, mode)
+    scale = layer.in_features**0.5  # the op divides by the root of the fan-in, as e3nn's linears
+    return linear(problem, x, weight, mode=mode, bias=layer.bias, scale=scale, weight_lowp=lowp)
 
 
 def _stack(between: list[torch.nn.Module]) -> tuple[torch.Tensor, ...]:
