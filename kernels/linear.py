@@ -155,7 +155,7 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _supported(mode: str) -> str:
+def supported(mode: str) -> str:
     """AMD has FP32 matrix instructions and no 3xTF32: exact FP32 stands in for the tf32 modes there."""
     return "ieee" if torch.version.hip and mode.startswith("tf32") else mode
 
@@ -166,7 +166,7 @@ def _map_mode(problem, transposed: bool, mode: str) -> str:
     rounding of FP32 sums grows with their length, that of 3xTF32 does not (docs/numerics.md has the figures)."""
     groups = problem.groups_transposed if transposed else problem.groups
     lengths = [sum(segment.mul for segment in group.segments) for group in groups if group.segments]
-    return "ieee" if mode == "tf32x3" and min(lengths, default=0) < 64 else _supported(mode)
+    return "ieee" if mode == "tf32x3" and min(lengths, default=0) < 64 else supported(mode)
 
 
 def _fit(block: int, muls: list[int]) -> int:
@@ -240,7 +240,7 @@ def _wgrad_plan(problem, mode: str, scale: float, device: torch.device, tile: ti
     constants = {
         "X_LAYOUT": _layout(problem.layout_in, [s.dim for s in problem.slots_in if s.mul]),
         "G_LAYOUT": _layout(problem.layout_out, [s.dim for s in problem.slots_out if s.mul]),
-        "MODE": _supported(mode),
+        "MODE": supported(mode),
         "EVEN": all(row[1] % block_u == 0 and row[4] % block_w == 0 for row in rows),
         "ALIGN": _align(*numbers),
         "INTERPRET": _interpreting(),

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .products import _dot_tf32, _round_tf32
+from .products import dot_tf32, round_tf32
 
 MODES = ("tf32x3", "tf32", "bf16", "fp16")
 WIDTHS = (16, 32, 64, 128)
@@ -35,7 +35,7 @@ def linear_scalars_split_kernel(
 ):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     w = tl.load(w_ptr + place, mask=place < size, other=0.0)
-    high = _round_tf32(w)
+    high = round_tf32(w)
     tl.store(part_ptr + place, high, mask=place < size)
     tl.store(part_ptr + size + place, w - high, mask=place < size)
 
@@ -45,13 +45,13 @@ def _dot(a, high, low, acc, MODE: tl.constexpr, INTERPRET: tl.constexpr):
     """acc + a (high + low), a being FP32 or in 16 bits; only "tf32x3" looks at low."""
     if MODE == "tf32x3":
         a = a.to(tl.float32)
-        high_a = _round_tf32(a)
-        acc = _dot_tf32(a - high_a, high, acc, INTERPRET)
-        acc = _dot_tf32(high_a, low, acc, INTERPRET)
-        return _dot_tf32(high_a, high, acc, INTERPRET)
+        high_a = round_tf32(a)
+        acc = dot_tf32(a - high_a, high, acc, INTERPRET)
+        acc = dot_tf32(high_a, low, acc, INTERPRET)
+        return dot_tf32(high_a, high, acc, INTERPRET)
     elif MODE == "tf32":
         a = a.to(tl.float32)
-        return _dot_tf32(tl.where(a == a, _round_tf32(a), a), high, acc, INTERPRET)  # a NaN stays one
+        return dot_tf32(tl.where(a == a, round_tf32(a), a), high, acc, INTERPRET)  # a NaN stays one
     else:
         a = a.to(high.dtype)
         if INTERPRET:  # its dot is wrong for bf16
@@ -69,7 +69,7 @@ def _weights(w_ptr, u, column, width, size, MODE: tl.constexpr):
     if MODE == "tf32x3":
         return high, tl.load(w_ptr + size + place, mask=mask, other=0.0)
     elif MODE == "tf32":
-        high = tl.where(high == high, _round_tf32(high), high)
+        high = tl.where(high == high, round_tf32(high), high)
         return high, high
     else:
         return high, high
@@ -134,7 +134,7 @@ def linear_scalars_bwd_kernel(
         if MODE == "tf32x3":
             low = tl.load(w_ptr + K * width + place, mask=mask, other=0.0)
         if MODE == "tf32":
-            high = tl.where(high == high, _round_tf32(high), high)
+            high = tl.where(high == high, round_tf32(high), high)
         if MODE == "tf32x3":  # sums of a block join the long sum in a rounded addition, see `products.dot`
             acc += _dot(g, high.T, low.T, tl.zeros_like(acc), MODE, INTERPRET)
         else:

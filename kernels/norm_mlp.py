@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .linear import _supported
-from .radial_mlp import _hidden_weights, _layer, _rows_of, _sigmoid
+from .linear import supported
+from .radial_mlp import hidden_weights, layer, rows_of, sigmoid
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def _activate(z, gain_ptr, shift_ptr, number, EPS: tl.constexpr, HIDDEN: tl.cons
     """h = silu(gain y + shift)."""
     y, _ = _normalize(z, EPS)
     u = _vector(gain_ptr, number, HIDDEN) * y + _vector(shift_ptr, number, HIDDEN)
-    return u * _sigmoid(u)
+    return u * sigmoid(u)
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _through(gh, z, gain_ptr, shift_ptr, number, EPS: tl.constexpr, HIDDEN: tl.c
     y, inverse = _normalize(z, EPS)
     gain = _vector(gain_ptr, number, HIDDEN)
     u = gain * y + _vector(shift_ptr, number, HIDDEN)
-    s = _sigmoid(u)
+    s = sigmoid(u)
     gy = gh * (s * (1.0 + u * (1.0 - s))) * gain
     mean = tl.sum(gy, axis=1) / HIDDEN
     along = tl.sum(gy * y, axis=1) / HIDDEN
@@ -81,10 +81,10 @@ def norm_mlp_fwd_kernel(
     BLOCK_E: tl.constexpr,
 ):
     row = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    place, inside = _rows_of(row, n_rows, HIDDEN)
+    place, inside = rows_of(row, n_rows, HIDDEN)
     h = _activate(tl.load(first_ptr + place, mask=inside, other=0.0), gain_ptr, shift_ptr, 0, EPS, HIDDEN)
     for number in tl.static_range(1, LAYERS):
-        z = _layer(h, _hidden_weights(hidden_ptr, number, False, HIDDEN), MODE, INTERPRET)
+        z = layer(h, hidden_weights(hidden_ptr, number, False, HIDDEN), MODE, INTERPRET)
         z += _vector(bias_ptr, number - 1, HIDDEN)
         tl.store(z_ptr + (number - 1) * n_rows.to(tl.int64) * HIDDEN + place, z, mask=inside)
         h = _activate(z, gain_ptr, shift_ptr, number, EPS, HIDDEN)
@@ -109,20 +109,20 @@ def norm_mlp_bwd_kernel(
     BLOCK_E: tl.constexpr,
 ):
     row = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    place, inside = _rows_of(row, n_rows, HIDDEN)
+    place, inside = rows_of(row, n_rows, HIDDEN)
     gh = tl.load(g_ptr + place, mask=inside, other=0.0)
     for back in tl.static_range(0, LAYERS - 1):
         number = LAYERS - 1 - back
         z = tl.load(z_ptr + (number - 1) * n_rows.to(tl.int64) * HIDDEN + place, mask=inside, other=0.0)
         gz = _through(gh, z, gain_ptr, shift_ptr, number, EPS, HIDDEN)
-        gh = _layer(gz, _hidden_weights(hidden_ptr, number, True, HIDDEN), MODE, INTERPRET)
+        gh = layer(gz, hidden_weights(hidden_ptr, number, True, HIDDEN), MODE, INTERPRET)
     z = tl.load(first_ptr + place, mask=inside, other=0.0)
     tl.store(gz_ptr + place, _through(gh, z, gain_ptr, shift_ptr, 0, EPS, HIDDEN), mask=inside)
 
 
 def _launch(kernel, op: str, tensors: tuple[torch.Tensor, ...], gain: torch.Tensor, eps: float, mode: str) -> None:
     # Sums of at most 64 products are more exact in plain FP32 than in 3xTF32.
-    mode, rows = "ieee" if mode == "tf32x3" else _supported(mode), tensors[0].shape[0]
+    mode, rows = "ieee" if mode == "tf32x3" else supported(mode), tensors[0].shape[0]
     layers, hidden = gain.shape
     tile = tiles.choose(op, mode=mode, hidden=hidden, edges=rows)
     with torch.cuda.device_of(gain):  # Triton launches on the current device

@@ -93,13 +93,13 @@ def row_places(node, m, width, mul, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def _round_tf32(x):
+def round_tf32(x):
     """x (FP32) rounded to nearest in TF32's 10 mantissa bits. The carry may turn a NaN into zero."""
     return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _dot_tf32(a, b, acc, INTERPRET: tl.constexpr):
+def dot_tf32(a, b, acc, INTERPRET: tl.constexpr):
     """acc + a b in TF32; what an operand holds beyond TF32's bits is cut off."""
     return tl.dot(a, b, acc, input_precision="ieee" if INTERPRET else "tf32")
 
@@ -108,16 +108,16 @@ def _dot_tf32(a, b, acc, INTERPRET: tl.constexpr):
 def dot(a, b, acc, MODE: tl.constexpr, INTERPRET: tl.constexpr):
     """acc + a b with the operands rounded to MODE."""
     if MODE == "tf32":
-        a, b = tl.where(a == a, _round_tf32(a), a), tl.where(b == b, _round_tf32(b), b)  # a NaN stays one
-        return _dot_tf32(a, b, acc, INTERPRET)
+        a, b = tl.where(a == a, round_tf32(a), a), tl.where(b == b, round_tf32(b), b)  # a NaN stays one
+        return dot_tf32(a, b, acc, INTERPRET)
     elif MODE == "tf32x3":
         # a b = (a' + a'')(b' + b''), without a'' b''; small terms first. a'' has at most 12 bits: to cut it costs no
         # more than to round it, and keeps the NaNs that a' may lose. Tensor cores truncate what they add to their
         # accumulator: a block of K sums from zero there and joins the long sum in an ordinary, rounded addition.
-        high_a, high_b = _round_tf32(a), _round_tf32(b)
-        block = _dot_tf32(a - high_a, high_b, tl.zeros_like(acc), INTERPRET)
-        block = _dot_tf32(high_a, b - high_b, block, INTERPRET)
-        return acc + _dot_tf32(high_a, high_b, block, INTERPRET)
+        high_a, high_b = round_tf32(a), round_tf32(b)
+        block = dot_tf32(a - high_a, high_b, tl.zeros_like(acc), INTERPRET)
+        block = dot_tf32(high_a, b - high_b, block, INTERPRET)
+        return acc + dot_tf32(high_a, high_b, block, INTERPRET)
     elif MODE == "fp64":
         return tl.dot(a, b, acc, out_dtype=tl.float64)
     elif MODE == "ieee":

@@ -20,12 +20,12 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .linear import _supported
+from .linear import supported
 from .products import dot, exp
 
 
 @triton.jit
-def _sigmoid(z):
+def sigmoid(z):
     """1 / (1 + exp(-z)) to the last bits."""
     if z.dtype == tl.float64:
         return 1.0 / (1.0 + exp(-z))
@@ -52,7 +52,7 @@ def _first_weights(first_ptr, width, TRANSPOSED: tl.constexpr, BLOCK_IN: tl.cons
 
 
 @triton.jit
-def _hidden_weights(hidden_ptr, number, TRANSPOSED: tl.constexpr, HIDDEN: tl.constexpr):
+def hidden_weights(hidden_ptr, number, TRANSPOSED: tl.constexpr, HIDDEN: tl.constexpr):
     """V_number [HIDDEN, HIDDEN] or its transpose."""
     row, column = tl.arange(0, HIDDEN), tl.arange(0, HIDDEN)
     start = hidden_ptr + (number - 1) * HIDDEN * HIDDEN
@@ -63,13 +63,13 @@ def _hidden_weights(hidden_ptr, number, TRANSPOSED: tl.constexpr, HIDDEN: tl.con
 
 
 @triton.jit
-def _rows_of(edge, n_edges, HIDDEN: tl.constexpr):
+def rows_of(edge, n_edges, HIDDEN: tl.constexpr):
     """Places [BLOCK_E, HIDDEN] of the edges' rows, and whether they exist."""
     return edge.to(tl.int64)[:, None] * HIDDEN + tl.arange(0, HIDDEN)[None, :], (edge < n_edges)[:, None]
 
 
 @triton.jit
-def _layer(h, weights, MODE: tl.constexpr, INTERPRET: tl.constexpr):
+def layer(h, weights, MODE: tl.constexpr, INTERPRET: tl.constexpr):
     """z = h V."""
     return dot(h, weights, tl.zeros((h.shape[0], weights.shape[1]), h.dtype), MODE, INTERPRET)
 
@@ -92,22 +92,22 @@ def radial_mlp_fwd_kernel(
     BLOCK_E: tl.constexpr,
 ):
     edge = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    place, inside = _rows_of(edge, n_edges, HIDDEN)
+    place, inside = rows_of(edge, n_edges, HIDDEN)
     x = _load_features(x_ptr, edge, n_edges, width_in, BLOCK_IN)
-    z = _layer(x, _first_weights(first_ptr, width_in, False, BLOCK_IN, HIDDEN), MODE, INTERPRET)
+    z = layer(x, _first_weights(first_ptr, width_in, False, BLOCK_IN, HIDDEN), MODE, INTERPRET)
     tl.store(z_ptr + place, z, mask=inside)
-    h = NORM * z * _sigmoid(z)  # [BLOCK_E, HIDDEN]
+    h = NORM * z * sigmoid(z)  # [BLOCK_E, HIDDEN]
     for number in tl.static_range(1, LAYERS):
-        z = _layer(h, _hidden_weights(hidden_ptr, number, False, HIDDEN), MODE, INTERPRET)
+        z = layer(h, hidden_weights(hidden_ptr, number, False, HIDDEN), MODE, INTERPRET)
         tl.store(z_ptr + number * n_edges.to(tl.int64) * HIDDEN + place, z, mask=inside)
-        h = NORM * z * _sigmoid(z)
+        h = NORM * z * sigmoid(z)
     tl.store(out_ptr + place, h, mask=inside)
 
 
 @triton.jit
 def _through_silu(gh, z, NORM: tl.constexpr):
     """gz = gh norm silu'(z)."""
-    s = _sigmoid(z)
+    s = sigmoid(z)
     return gh * (NORM * s * (1.0 + z * (1.0 - s)))
 
 
@@ -129,15 +129,15 @@ def radial_mlp_bwd_kernel(
     BLOCK_E: tl.constexpr,
 ):
     edge = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    place, inside = _rows_of(edge, n_edges, HIDDEN)
+    place, inside = rows_of(edge, n_edges, HIDDEN)
     gh = tl.load(g_ptr + place, mask=inside, other=0.0)
     for back in tl.static_range(0, LAYERS - 1):
         number = LAYERS - 1 - back
         z = tl.load(z_ptr + number * n_edges.to(tl.int64) * HIDDEN + place, mask=inside, other=0.0)
         gz = _through_silu(gh, z, NORM)
-        gh = _layer(gz, _hidden_weights(hidden_ptr, number, True, HIDDEN), MODE, INTERPRET)
+        gh = layer(gz, hidden_weights(hidden_ptr, number, True, HIDDEN), MODE, INTERPRET)
     gz = _through_silu(gh, tl.load(z_ptr + place, mask=inside, other=0.0), NORM)
-    gx = _layer(gz, _first_weights(first_ptr, width_in, True, BLOCK_IN, HIDDEN), MODE, INTERPRET)
+    gx = layer(gz, _first_weights(first_ptr, width_in, True, BLOCK_IN, HIDDEN), MODE, INTERPRET)
     column = tl.arange(0, BLOCK_IN)
     mask = (edge < n_edges)[:, None] & (column < width_in)[None, :]
     tl.store(gx_ptr + edge.to(tl.int64)[:, None] * width_in + column[None, :], gx, mask=mask)
@@ -151,7 +151,7 @@ def _operands(op: str, mode: str, arch: str) -> str:
     """
     if mode == "tf32x3":
         return mode if (op, arch) == ("radial_mlp_bwd", "sm_90") else "ieee"
-    return _supported(mode)
+    return supported(mode)
 
 
 def _launch(kernel, op: str, edges: int, tensors: tuple[torch.Tensor, ...], first, hidden, norm: float, mode: str):
