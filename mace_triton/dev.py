@@ -37,6 +37,7 @@ OPS = (
     "linear",
     "linear_scalars",
     "radial_mlp",
+    "norm_mlp",
     "edge_embedding",
     "species_linear",
     "symmetric_contraction",
@@ -131,9 +132,9 @@ def cases_of(op: str, target: str, shape: str, dtypes: tuple[str, ...]) -> list:
         from .kernels import edge_embedding
 
         return edge_embedding.offline_cases(target, tuple(name for name in dtypes if name != "bf16"))
-    from .kernels import linear, linear_scalars, radial_mlp, species_linear
+    from .kernels import linear, linear_scalars, norm_mlp, radial_mlp, species_linear
 
-    files = (linear, linear_scalars, radial_mlp, species_linear)
+    files = (linear, linear_scalars, norm_mlp, radial_mlp, species_linear)
     kernels = {file.__name__.rpartition(".")[2]: file for file in files}[op]
     modes = {mode for name in dtypes for mode in MODES[name]}
     return [case for case in kernels.offline_cases(target) if case.name.split()[1] in modes]
@@ -338,6 +339,8 @@ CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {
     "linear_scalars_bwd": _SCALARS,
     "radial_mlp_fwd": _EDGES,
     "radial_mlp_bwd": _EDGES,
+    "norm_mlp_fwd": _EDGES,
+    "norm_mlp_bwd": _EDGES,
     "edge_harmonics": {"BLOCK_E": (64, 128, 256), "num_warps": (2, 4, 8)},
     "edge_radial": _EDGES,
 }

@@ -16,6 +16,7 @@ from . import (
     reference,
     reference_edge_embedding,
     reference_linear,
+    reference_norm_mlp,
     reference_radial_mlp,
     reference_symmetric_contraction,
 )
@@ -25,6 +26,7 @@ from .ops.channelwise_tp import channelwise_tp
 from .ops.edge_embedding import edge_harmonics, edge_radial
 from .ops.graph import graph_plan
 from .ops.linear import linear, lowp_weight
+from .ops.norm_mlp import norm_mlp
 from .ops.radial_mlp import radial_mlp
 from .ops.species import plan_of
 from .ops.species_linear import species_linear
@@ -189,12 +191,16 @@ class RadialMLP:
         self.generator, edges = torch.Generator(device).manual_seed(seed), nodes * degree
         like = torch.float64 if dtype == "fp64" else torch.float32
         self.mode = "fp64" if dtype == "fp64" else "tf32x3"  # low precision spares these layers
-        sizes = {"first": (self.FEATURES, self.WIDTH), "hidden": (self.LAYERS - 1, self.WIDTH, self.WIDTH)}
+        sizes = self.sizes()
         self.weights = {name: randn(size, like, self.generator) / size[-2] ** 0.5 for name, size in sizes.items()}
         self.inputs = {"x": randn((edges, self.FEATURES), like, self.generator)}
         self.operand_error = Linear.OPERAND_ERROR[self.mode]
         self.bytes = {"forward": edges * (self.FEATURES + (self.LAYERS + 1) * self.WIDTH) * like.itemsize}
         self.flops = {"forward": 2 * edges * sum(w.numel() for w in self.weights.values())}
+
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the op's weights."""
+        return {"first": (self.FEATURES, self.WIDTH), "hidden": (self.LAYERS - 1, self.WIDTH, self.WIDTH)}
 
     def op(self, x) -> torch.Tensor:
         return radial_mlp(x, **self.weights, norm=self.NORM, mode=self.mode)
@@ -215,6 +221,40 @@ class RadialMLP:
         return {
             "forward": lambda: ops.radial_mlp(x, *rest),
             "gradient of x": lambda: ops.radial_mlp_bwd(g, x, z, *rest),
+        }
+
+
+class NormMLP(RadialMLP):
+    """Random inputs of what lies between the first and the last layer of MACE's RadialMLP, the same for every shape."""
+
+    TABLES = ("norm_mlp_fwd", "norm_mlp_bwd")
+    STAGE_OF: ClassVar[dict[str, str]] = {"norm_mlp_fwd": "forward", "norm_mlp_bwd": "gradient of x"}
+    FEATURES, EPS = RadialMLP.WIDTH, 1e-5
+
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        more, width, layers = self.LAYERS - 1, self.WIDTH, self.LAYERS
+        return {
+            "hidden": (more, width, width),
+            "bias": (more, width),
+            "gain": (layers, width),
+            "shift": (layers, width),
+        }
+
+    def op(self, x) -> torch.Tensor:
+        return norm_mlp(x, **self.weights, eps=self.EPS, mode=self.mode)
+
+    def formula(self, x) -> torch.Tensor:
+        weights = (w.double() for w in self.weights.values())
+        return reference_norm_mlp.norm_mlp(x, *weights, self.EPS, "fp64")[0]
+
+    def stages(self) -> dict[str, Callable[[], object]]:
+        """What is timed, by name."""
+        ops, (x,), rest = torch.ops.mace_triton, self.inputs.values(), (*self.weights.values(), self.EPS, self.mode)
+        out, z = ops.norm_mlp(x, *rest)
+        g = randn(out.shape, out.dtype, self.generator)
+        return {
+            "forward": lambda: ops.norm_mlp(x, *rest),
+            "gradient of x": lambda: ops.norm_mlp_bwd(g, z, x, *rest),
         }
 
 
@@ -362,6 +402,7 @@ CASES = {
     "linear": Linear,
     "linear_scalars": LinearScalars,
     "radial_mlp": RadialMLP,
+    "norm_mlp": NormMLP,
     "edge_embedding": EdgeEmbedding,
     "species_linear": SpeciesLinear,
     "symmetric_contraction": SymmetricContraction,
