@@ -3,7 +3,7 @@
 conv_tp: call(x [N, dim_in1], y [E, dim_in2], w [E, weights], edge_index [2, E]) -> [N, dim_out]
 linear: call(x [N, dim_in]) -> [N, dim_out], with `weight`, the flat parameter in e3nn's order
 species_linear: call(x [N, dim_in], one_hot [N, Z]) -> [N, dim_out], with `weights`
-radial_mlp: call(x [E, features]) -> [E, weights of conv_tp], with `weights`
+radial_mlp, norm_mlp: call(x [E, features]) -> [E, weights of conv_tp], with `weights`
 edge_embedding: call(vectors [E, 3]) -> (harmonics [E, 16], radial features, or weights of conv_tp)
 symmetric_contraction: call(x [N, C, 16] in mul_ir or [N, 16, C] in ir_mul, one_hot [N, Z]) -> [N, dim_out], the same
 model: a module called with MACE's dictionary
@@ -352,6 +352,29 @@ def radial_mlp_mace_triton(widths: tuple[int, ...], precision: str, device: torc
     return Block(net, weights=tuple(net.parameters()))
 
 
+def norm_mlp_e3nn(widths: tuple[int, ...], precision: str, device: torch.device) -> Block:
+    """MACE's RadialMLP, weights of seed 0, as all providers of MACE use it."""
+    from mace.modules.radial import RadialMLP
+
+    need_precision("e3nn", precision, ("fp64", "fp32", "tf32"))
+    with default_dtype(torch.float64), torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = RadialMLP(list(widths))
+    net = net.to(device=device, dtype=model_dtype(precision))
+    return Block(net, weights=tuple(net.parameters()))
+
+
+def norm_mlp_mace_triton(widths: tuple[int, ...], precision: str, device: torch.device) -> Block:
+    """Our NormNet around `norm_mlp_e3nn`, in the modes that accelerate() gives it."""
+    from mace_triton.nn.norm_mlp import NormNet
+    from mace_triton.precision import PRESETS
+
+    policy = PRESETS[precision]
+    plain = norm_mlp_e3nn(widths, policy.dtype, device).call
+    net = NormNet(plain, PRESETS[policy.dtype].linear, policy.linear)
+    return Block(net, weights=tuple(net.parameters()))
+
+
 def _edge_modules(width: int, r_max: float, precision: str, device: torch.device) -> list[torch.nn.Module]:
     """MACE's spherical harmonics and radial embedding, as MACE-MP-0 has them."""
     from mace.modules.blocks import RadialEmbeddingBlock
@@ -437,6 +460,7 @@ BUILDERS: dict[str, dict[str, Callable]] = {
         "mace_triton": species_linear_mace_triton,
     },
     "edge_embedding": {"e3nn": edge_embedding_e3nn, "mace_triton": edge_embedding_mace_triton},
+    "norm_mlp": {"e3nn": norm_mlp_e3nn, "mace_triton": norm_mlp_mace_triton},
     "radial_mlp": {"e3nn": radial_mlp_e3nn, "mace_triton": radial_mlp_mace_triton},
     "symmetric_contraction": {
         "e3nn": contraction_e3nn,

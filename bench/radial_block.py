@@ -1,4 +1,7 @@
-"""The radial network of a MACE-MP model: 8 features of each edge to the weights of conv_tp, three hidden layers of 64.
+"""The radial networks: features of each edge to the weights of conv_tp, three hidden layers of 64.
+
+RadialCase is that of MACE-MP, on 8 features. NormCase is the one with layer norms of the nonlinear block, on 8 features
+and the embeddings of both elements, as in MH-1.
 
 "forward" and "forward+backward" are inference, where the weights are frozen and the gradient is that of the features;
 "training" gives the gradients of features and weights. cuEquivariance and OpenEquivariance leave this part to e3nn.
@@ -18,7 +21,7 @@ from .blocks import ConvCase, Prepared, _forward_call, _generator, _leaves, _ran
 DIRECTIONS = ("forward", "forward+backward", "training")
 TOLERANCE = {"fp64": 1e-12, "fp32": 1e-5, "tf32": 3e-3, "bf16": 2e-2, "fp16": 3e-3}
 """Relative error allowed after four layers."""
-FEATURES, HIDDEN = 8, (64, 64, 64)
+FEATURES, HIDDEN, EMBEDDING = 8, (64, 64, 64), 512
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,11 @@ class RadialCase:
         return ConvCase(self.name, self.atoms, self.channels).edges
 
     def inputs(self, precision: str, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
-        """Features x [E, 8] and the gradient of the weights [E, width]."""
+        """Features x [E, widths[0]] and the gradient of the weights [E, widths[-1]]."""
         dtype, generator = providers.model_dtype(precision), _generator(device, seed)
-        return tuple(_randn(self.edges, width, dtype, device, generator) for width in (FEATURES, self.widths[-1]))
+        return tuple(
+            _randn(self.edges, width, dtype, device, generator) for width in self.widths[:: len(self.widths) - 1]
+        )
 
     def build(self, provider: str, precision: str, device: torch.device, training: bool = False) -> providers.Block:
         block = providers.builder(self.block, provider)(self.widths, precision, device)
@@ -49,9 +54,13 @@ class RadialCase:
             weight.requires_grad_(training)
         return block
 
+    def stored(self, precision: str) -> torch.dtype:
+        """What the weights, and so their gradient, are stored in."""
+        return providers.STORAGE.get(precision, providers.model_dtype(precision))
+
     def work(self, size: int) -> tuple[dict[str, int], dict[str, int]]:
         """Bytes and operations of each direction."""
-        moved = self.edges * (FEATURES + self.widths[-1]) * size
+        moved = self.edges * (self.widths[0] + self.widths[-1]) * size
         products = 2 * self.edges * sum(a * b for a, b in zip(self.widths[:-1], self.widths[1:], strict=True))
         counts = dict(zip(DIRECTIONS, (1, 2, 3), strict=True))
         return {d: n * moved for d, n in counts.items()}, {d: n * products for d, n in counts.items()}
@@ -62,7 +71,7 @@ class RadialCase:
         calls = {d: [] for d in DIRECTIONS}
         for seed in range(timing.sets_beyond_cache(work["forward"], device)):
             x, g = self.inputs(precision, device, seed)
-            (x,), g = _leaves(x), g.to(providers.STORAGE.get(precision, g.dtype))  # as conv_tp hands it back
+            (x,), g = _leaves(x), g.to(self.stored(precision))  # as conv_tp hands it back
             calls["forward"].append(_forward_call(block, (x,), precision))
             calls["forward+backward"].append(_training_call(block, (x,), (x,), g, precision))
             calls["training"].append(_training_call(trained, (x,), (x, *trained.weights), g, precision))
@@ -75,6 +84,21 @@ class RadialCase:
         wanted = {name: exact[name.split()[0]] for name in results}
         errors = gate(results, wanted, dict.fromkeys(results, TOLERANCE[precision]))
         return Prepared(calls, work, flops, errors, {"edges": self.edges})
+
+
+@dataclass(frozen=True)
+class NormCase(RadialCase):
+    """MACE's RadialMLP in front of a conv_tp with the shape of MACE-MP `name`."""
+
+    block: str = "norm_mlp"
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return (FEATURES + 2 * EMBEDDING, *RadialCase.widths.fget(self)[1:])
+
+    def stored(self, precision: str) -> torch.dtype:
+        """MACE multiplies these weights with the cutoff in the model's dtype."""
+        return providers.model_dtype(precision)
 
 
 @lru_cache(maxsize=1)

@@ -206,6 +206,7 @@ SECTIONS = (
     ("symmetric_contraction", "Symmetric contraction"),
     ("edge_embedding", "Edges: harmonics, radial features and the radial network"),
     ("radial_mlp", "Radial network"),
+    ("norm_mlp", "Radial network with layer norms"),
     ("model", "Whole models"),
     ("model, batch of 8", "Whole models, training on a batch"),
 )

@@ -104,8 +104,9 @@ def test_providers_with_weights_of_each_species_agree_in_fp64(case, provider):
 
 
 @pytest.mark.parametrize("provider", ["e3nn", "mace_triton"])
-def test_radial_networks_agree_in_fp64(provider):
-    row = row_of(radial_block.RadialCase("small", 24, channels=2), provider, "fp64", "training")
+@pytest.mark.parametrize("kind", [radial_block.RadialCase, radial_block.NormCase])
+def test_radial_networks_agree_in_fp64(kind, provider):
+    row = row_of(kind("small", 24, channels=2), provider, "fp64", "training")
     assert row["status"] == "ok", row["reason"]
     assert set(row["errors"]) == {"out", "gx", "gw", "out in training", "gx in training"}
     assert row["flops"] > 0
