@@ -307,9 +307,9 @@ CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {
     "linear_fwd": _MAP,
     "species_linear_fwd": _MAP,
     "species_linear_wgrad": _WEIGHTS,
-    "symmetric_contraction_fwd": {"BLOCK_C": (32, 64)},
-    "symmetric_contraction_bwd": {"BLOCK_C": (32, 64)},
-    "symmetric_contraction_coef": {"BLOCK_C": (32, 64), "TERMS": (48, 96, 144), "PARTS": (128, 256, 512)},
+    "symmetric_contraction_fwd": {"NODES": (1, 2, 4)},
+    "symmetric_contraction_bwd": {"NODES": (1, 2)},
+    "symmetric_contraction_weights": {"REGISTERS": (64, 128, 256), "PARTS": (128, 256, 512, 1024)},
     "linear_wgrad": _WEIGHTS,
 }
 """Table -> what `tune` tries, one key after another, each from the best tile so far."""
