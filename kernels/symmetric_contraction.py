@@ -90,9 +90,10 @@ def _kernel(write, problem, *how):
 
 
 @cache
-def _weights_kernels(problem, registers: int, tangent: bool) -> list:
+def _weights_kernels(problem, registers: int, tangent: bool, products: bool) -> list:
     """The kernels of every part of the weights' gradient."""
-    return [_kernel(source.weights_source, problem, part, tangent) for part in source.parts(problem, registers)]
+    parts = source.parts(problem, registers, products)
+    return [_kernel(source.weights_source, problem, part, tangent, products) for part in parts]
 
 
 @lru_cache(maxsize=256)
@@ -195,7 +196,7 @@ def grad_weights(problem, g: torch.Tensor, x: torch.Tensor, plan, dtype: torch.d
     count = _programs(nodes, size, plan)
     partial = torch.empty((count, problem.paths, channels), dtype=dtype, device=x.device)
     tensors = (g, x, *(() if a is None else (a,)), partial, plan.perm, plan.ptr)
-    for kernel in _weights_kernels(problem, tile["REGISTERS"], a is not None):
+    for kernel in _weights_kernels(problem, tile["REGISTERS"], a is not None, bool(tile["PRODUCTS"])):
         _launch(kernel, tile, count, channels, *tensors, size, acc=dtype)
     out, width = torch.empty(shape, dtype=dtype, device=x.device), problem.paths * channels
     tile = tiles.choose("symmetric_contraction_sum", dtype=tiles.TAGS[dtype])
@@ -221,7 +222,7 @@ def offline_cases(problem, target: str = "sm_90", dtypes: tuple[str, ...] = ("fp
                 kernel = _kernel(write, problem, ptx, tangent)
                 cases.append(_offline_case(kernel.fn, "", tile, problem, dtype, species))
             tile = tiles.choose(f"symmetric_contraction_weights{word}", **call)
-            kernels = _weights_kernels(problem, tile["REGISTERS"], tangent)
+            kernels = _weights_kernels(problem, tile["REGISTERS"], tangent, bool(tile["PRODUCTS"]))
             for number, kernel in enumerate(kernels):
                 part = f" {number + 1}/{len(kernels)}"
                 cases.append(_offline_case(kernel.fn, part, tile, problem, dtype, species))

@@ -232,18 +232,17 @@ def backward_source(problem, ptx: bool, tangent: bool, coef_tangent: bool = Fals
     return _kernel("symmetric_contraction_bwd" + ("_tangent" if tangent else ""), out, pointers)
 
 
-def parts(problem, budget: int) -> list[tuple[int, int]]:
+def parts(problem, budget: int, products: bool) -> list[tuple[int, int]]:
     """[first, end) of the paths of each part of the weights' gradient: as many as fit, at least one.
 
-    A path needs a register for its sum, and paths share those of the products g_m x_k.
+    A path needs a register for its sum; the products g_m x_k, where they are held, are shared.
     """
-    products: list[set] = [set() for _ in range(problem.paths)]
+    held_by: list[set] = [set() for _ in range(problem.paths)]
     for (m, monomial), row in zip(problem.terms, problem.table, strict=True):
-        last = monomial[-1] if len(monomial) == problem.degree else None
-        for path, _ in row:
-            products[path].add((m, last))
+        for path, _ in row if products else ():
+            held_by[path].add((m, monomial[-1] if len(monomial) == problem.degree else None))
     found, first, held = [], 0, set()
-    for path, own in enumerate(products):
+    for path, own in enumerate(held_by):
         if path > first and path + 1 - first + len(held | own) > budget:
             found.append((first, path))
             first, held = path, set()
@@ -262,8 +261,8 @@ def _by_path(problem, group, part: tuple[int, int]) -> dict[int, list[tuple[int,
     return found
 
 
-def _path_sums(out: Writer, part: tuple[int, int]) -> None:
-    """w_path += p (sum of the factors times g_m x_k), for every prefix p."""
+def _sums_of_products(out: Writer, part: tuple[int, int]) -> None:
+    """w_path += p (sum of factors times g_m x_k), for every prefix p: fewest operations, all g_m x_k are held."""
     made: set[str] = set()
     for group in out.problem.groups:
         paths = _by_path(out.problem, group, part)
@@ -278,7 +277,23 @@ def _path_sums(out: Writer, part: tuple[int, int]) -> None:
             out.add(f"w{path}", *prefix, "s", value=not out.tangent)
 
 
-def weights_source(problem, part: tuple[int, int], tangent: bool) -> str:
+def _sums_of_terms(out: Writer, part: tuple[int, int]) -> None:
+    """w_path += factor times (monomial g_m), for every term: more operations, but only the sums are held."""
+    for group in out.problem.groups:
+        if not _by_path(out.problem, group, part):
+            continue
+        prefix = _prefix(out, group.prefix)
+        for row in group.rows:
+            out.add("t", *prefix, *(() if row.last is None else (f"x{row.last}",)), fresh=True)
+            for m, term in row.entries:
+                entries = [(path, factor) for path, factor in out.problem.table[term] if part[0] <= path < part[1]]
+                if entries:
+                    out.add("v", "t", f"g{m}", fresh=True)
+                for path, factor in entries:
+                    out.add(f"w{path}", repr(factor), "v", value=not out.tangent)
+
+
+def weights_source(problem, part: tuple[int, int], tangent: bool, products: bool) -> str:
     """Sums over the nodes of a tile of what each path's weight is multiplied by, [tile, path, C]."""
     out = Writer(problem, tangent, "g")
     prefix, paths = "d_" if tangent else "", range(*part)
@@ -291,7 +306,7 @@ def weights_source(problem, part: tuple[int, int], tangent: bool) -> str:
     _nodes(out, "k")
     out.load("x", "x_ptr", problem.dim_in)
     out.load("g", "g_ptr", problem.dim_out)
-    _path_sums(out, part)
+    (_sums_of_products if products else _sums_of_terms)(out, part)
     out.indent = out.indent[: len(out.indent) // 2]
     out.emit(f"place = part_ptr + tl.program_id(0).to(tl.int64) * {problem.paths} * C + channel[None, :]")
     out.emit(f"row = tl.arange(0, {TILE})[:, None]")

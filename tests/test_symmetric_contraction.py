@@ -138,9 +138,10 @@ def lengths(problem, species: list[int]) -> tuple[int, ...]:
     nodes=st.integers(1, 6),
     paths=st.sampled_from([None, 1, 20]),
     budget=st.sampled_from([1, 20, 96]),
+    products=st.booleans(),
     tile_nodes=st.sampled_from([1, 2, 4]),
 )
-def test_any_polynomial(channels, dim_in, dim_out, degree, terms, nodes, paths, budget, tile_nodes, device):
+def test_any_polynomial(channels, dim_in, dim_out, degree, terms, nodes, paths, budget, products, tile_nodes, device):
     problem = problem_with(terms, channels, dim_in, dim_out, degree, paths)
     assert SymmetricContractionProblem.from_key(problem.key) == problem
     species = [i * i % 3 for i in range(nodes)]
@@ -158,7 +159,8 @@ def test_any_polynomial(channels, dim_in, dim_out, degree, terms, nodes, paths, 
     assert_close(exact[0], direct, sizes[0], terms)
     with ExitStack() as stack:
         for op in ("fwd", "bwd", "weights", "fwd_tangent", "bwd_tangent", "weights_tangent"):
-            tile = tiles.Tile.of(num_warps=1, BLOCK_C=32, NODES=tile_nodes, REGISTERS=budget, PARTS=2)
+            block = {"NODES": tile_nodes, "REGISTERS": budget, "PRODUCTS": int(products), "PARTS": 2}
+            tile = tiles.Tile.of(num_warps=1, BLOCK_C=32, **block)
             stack.enter_context(tiles.forced(f"symmetric_contraction_{op}", tile))
         results = [
             kernels.forward(problem, x, coef, graph),
@@ -174,14 +176,15 @@ def test_any_polynomial(channels, dim_in, dim_out, degree, terms, nodes, paths, 
     assert_close(without_q, wanted(problem, data, graph.species, with_q=False)[4], sizes[4], 3 * terms)
 
 
-def test_every_part_holds_the_paths_that_fit():
+@pytest.mark.parametrize("products", [True, False])
+def test_every_part_holds_the_paths_that_fit(products):
     problem = problem_with(200, paths=30)
     for budget in (1, 20, 1000):
-        parts = source.parts(problem, budget)
+        parts = source.parts(problem, budget, products)
         assert [path for part in parts for path in range(*part)] == list(range(problem.paths))
         for part in parts:
             entries = (entry for group in problem.groups for entry in source._by_path(problem, group, part).values())
-            held = {(m, last) for some in entries for m, last, _ in some}
+            held = {(m, last) for some in entries for m, last, _ in some if products}
             assert part[1] - part[0] + len(held) <= budget or part[1] - part[0] == 1
 
 
