@@ -90,10 +90,10 @@ def _kernel(write, problem, *how):
 
 
 @cache
-def _weights_kernels(problem, registers: int, tangent: bool, products: bool) -> list:
+def _weights_kernels(problem, ptx: bool, registers: int, tangent: bool, products: bool) -> list:
     """The kernels of every part of the weights' gradient."""
     parts = source.parts(problem, registers, products)
-    return [_kernel(source.weights_source, problem, part, tangent, products) for part in parts]
+    return [_kernel(source.weights_source, problem, ptx, part, tangent, products) for part in parts]
 
 
 @lru_cache(maxsize=256)
@@ -130,6 +130,11 @@ def combine(problem, weights: torch.Tensor, ptr: torch.Tensor | None) -> torch.T
     return out
 
 
+def _ptx(x: torch.Tensor) -> bool:
+    """Whether a kernel on x may hold PTX."""
+    return x.is_cuda and torch.version.hip is None
+
+
 def _launch(kernel, tile: tiles.Tile, programs: int, channels: int, *arguments, acc: torch.dtype) -> None:
     """arguments: the tensors, the last one being the first node of each species, and the tile's size where asked."""
     tensors = [t for t in arguments if isinstance(t, torch.Tensor)]
@@ -161,8 +166,7 @@ def _run_map(problem, op: str, write, inputs: tuple[torch.Tensor, ...], x, coef,
         return out
     op += "" if a is None else "_tangent"
     tile = tiles.choose(op, dtype=tiles.TAGS[x.dtype], terms=len(problem.terms), nodes=nodes)
-    ptx = x.is_cuda and torch.version.hip is None
-    kernel = _kernel(write, problem, ptx, a is not None, q is not None)
+    kernel = _kernel(write, problem, _ptx(x), a is not None, q is not None)
     tangents = [t for t in (a, q) if t is not None]
     tensors = (*inputs, x, coef, *tangents, out, plan.perm, plan.ptr)
     _launch(kernel, tile, _programs(nodes, tile["NODES"], plan), problem.channels, *tensors, acc=coef.dtype)
@@ -196,7 +200,7 @@ def grad_weights(problem, g: torch.Tensor, x: torch.Tensor, plan, dtype: torch.d
     count = _programs(nodes, size, plan)
     partial = torch.empty((count, problem.paths, channels), dtype=dtype, device=x.device)
     tensors = (g, x, *(() if a is None else (a,)), partial, plan.perm, plan.ptr)
-    for kernel in _weights_kernels(problem, tile["REGISTERS"], a is not None, bool(tile["PRODUCTS"])):
+    for kernel in _weights_kernels(problem, _ptx(x), tile["REGISTERS"], a is not None, bool(tile["PRODUCTS"])):
         _launch(kernel, tile, count, channels, *tensors, size, acc=dtype)
     out, width = torch.empty(shape, dtype=dtype, device=x.device), problem.paths * channels
     tile = tiles.choose("symmetric_contraction_sum", dtype=tiles.TAGS[dtype])
@@ -222,7 +226,7 @@ def offline_cases(problem, target: str = "sm_90", dtypes: tuple[str, ...] = ("fp
                 kernel = _kernel(write, problem, ptx, tangent)
                 cases.append(_offline_case(kernel.fn, "", tile, problem, dtype, species))
             tile = tiles.choose(f"symmetric_contraction_weights{word}", **call)
-            kernels = _weights_kernels(problem, tile["REGISTERS"], tangent, bool(tile["PRODUCTS"]))
+            kernels = _weights_kernels(problem, ptx, tile["REGISTERS"], tangent, bool(tile["PRODUCTS"]))
             for number, kernel in enumerate(kernels):
                 part = f" {number + 1}/{len(kernels)}"
                 cases.append(_offline_case(kernel.fn, part, tile, problem, dtype, species))

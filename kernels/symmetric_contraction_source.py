@@ -49,6 +49,15 @@ def load_pack(ptr):
             dtype=(tl.float64, tl.float64, tl.float64, tl.float64), is_pure=True, pack=1)
 
 
+@triton.jit
+def opaque(x):
+    """x. LLVM does not see that, and so does not make vectors of neighbouring sums, which costs 200 registers."""
+    if x.dtype == tl.float32:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.inline_asm_elementwise("mov.b64 $0, $1;", "=d,d", [x], dtype=tl.float64, is_pure=True, pack=1)
+
+
 '''
 PACK = 4
 TILE = 16
@@ -75,22 +84,20 @@ class Writer:
 
         value: False leaves the derivative alone to be summed.
         """
-        names = [(name, [" * ".join(factors)])] if value else []
+        names = [(name, [factors])] if value else []
         if self.tangent:
             names.append((f"d_{name}", self._derivative(factors)))
-        for variable, terms in names:
+        for variable, products in names:
             if fresh or variable not in self.started:
                 self.started.add(variable)
-                self.emit(f"{variable} = {' + '.join(terms) or 'zero'}")
-            elif terms:
-                self.emit(f"{variable} += {' + '.join(terms)}")
+                self.emit(f"{variable} = {_sum('', products) or 'zero'}")
+            elif products:
+                self.emit(f"{variable} = {_sum(variable, products)}")
 
-    def _derivative(self, factors: tuple[str, ...]) -> list[str]:
-        terms = []
-        for i, factor in enumerate(factors):
-            if factor[0] not in self.constant:
-                terms.append(" * ".join((*factors[:i], f"d_{factor}", *factors[i + 1 :])))
-        return terms
+    def _derivative(self, factors: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """The products whose sum it is."""
+        varying = (i for i, factor in enumerate(factors) if factor[0] not in self.constant)
+        return [(*factors[:i], f"d_{factors[i]}", *factors[i + 1 :]) for i in varying]
 
     def coefficient(self, term: int) -> str:
         """The name of a term's coefficient, loaded with its neighbours when the first of them is asked for."""
@@ -136,6 +143,17 @@ class Writer:
     def rows(self, *dims: int) -> None:
         for width in sorted({triton.next_power_of_2(dim) for dim in dims}):
             self.emit(f"row{width} = tl.arange(0, {width})[:, None, None]")
+
+
+def _sum(start: str, products: list[tuple[str, ...]]) -> str:
+    """start (may be empty) plus the products, by multiply-adds: Triton's own fusion is an option of the compiler."""
+    for *others, last in products:
+        product = " * ".join(others)
+        if not start:
+            start = " * ".join((*others, last))
+        else:
+            start = f"tl.fma({product}, {last}, {start})" if product else f"{start} + {last}"
+    return start
 
 
 def _kernel(name: str, out: Writer, pointers: list[str], *numbers: str) -> str:
@@ -293,13 +311,14 @@ def _sums_of_terms(out: Writer, part: tuple[int, int]) -> None:
                     out.add(f"w{path}", repr(factor), "v", value=not out.tangent)
 
 
-def weights_source(problem, part: tuple[int, int], tangent: bool, products: bool) -> str:
+def weights_source(problem, ptx: bool, part: tuple[int, int], tangent: bool, products: bool) -> str:
     """Sums over the nodes of a tile of what each path's weight is multiplied by, [tile, path, C]."""
     out = Writer(problem, tangent, "g")
     prefix, paths = "d_" if tangent else "", range(*part)
     _begin(out, "size")
     for path in paths:
-        out.emit(f"{prefix}w{path} = zero")
+        # Not `zero`: Triton does not carry a variable from one turn to the next that it takes for another one's alias.
+        out.emit(f"{prefix}w{path} = tl.zeros((NODES, BLOCK_C), ACC)")
         out.started |= {f"w{path}", f"d_w{path}"}
     out.emit("for k in range(begin, end, NODES):")
     out.indent *= 2
@@ -307,6 +326,8 @@ def weights_source(problem, part: tuple[int, int], tangent: bool, products: bool
     out.load("x", "x_ptr", problem.dim_in)
     out.load("g", "g_ptr", problem.dim_out)
     (_sums_of_products if products else _sums_of_terms)(out, part)
+    for path in paths if ptx else ():
+        out.emit(f"{prefix}w{path} = opaque({prefix}w{path})")
     out.indent = out.indent[: len(out.indent) // 2]
     out.emit(f"place = part_ptr + tl.program_id(0).to(tl.int64) * {problem.paths} * C + channel[None, :]")
     out.emit(f"row = tl.arange(0, {TILE})[:, None]")
