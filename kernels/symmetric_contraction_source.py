@@ -62,15 +62,13 @@ def opaque(x):
 PACK = 4
 TILE = 16
 """Sums that are stored together."""
-NUMBER = "-0123456789"
-"""What a literal begins with: it has no derivative."""
 
 
 class Writer:
     """Lines of one kernel. `tangent`: derivatives beside the values, except of the names in `constant`."""
 
     def __init__(self, problem, tangent: bool, constant: str = "", ptx: bool = False):
-        self.problem, self.tangent, self.constant, self.ptx = problem, tangent, constant + NUMBER, ptx
+        self.problem, self.tangent, self.constant, self.ptx = problem, tangent, constant, ptx
         self.lines: list[str] = []
         self.indent = "    "
         self.started: set[str] = set()
@@ -279,7 +277,16 @@ def _by_path(problem, group, part: tuple[int, int]) -> dict[int, list[tuple[int,
     return found
 
 
-def _sums_of_products(out: Writer, part: tuple[int, int]) -> None:
+def _factors(out: Writer, part: tuple[int, int]) -> dict[float, str]:
+    """Names of the table's factors. They are tensors, as Triton 3.6 rounds a literal in `tl.fma` to FP32."""
+    used = {factor for row in out.problem.table for path, factor in row if part[0] <= path < part[1]}
+    names = {factor: f"f{number}" for number, factor in enumerate(sorted(used))}
+    for factor, name in names.items():
+        out.emit(f"{name} = tl.full((NODES, BLOCK_C), {factor!r}, ACC)")
+    return names
+
+
+def _sums_of_products(out: Writer, part: tuple[int, int], names: dict[float, str]) -> None:
     """w_path += p (sum of factors times g_m x_k), for every prefix p: fewest operations, all g_m x_k are held."""
     made: set[str] = set()
     for group in out.problem.groups:
@@ -291,11 +298,11 @@ def _sums_of_products(out: Writer, part: tuple[int, int]) -> None:
                 if last is not None and product not in made:
                     made.add(product)
                     out.add(product, f"g{m}", f"x{last}", fresh=True)
-                out.add("s", repr(factor), product, fresh=i == 0)
+                out.add("s", names[factor], product, fresh=i == 0)
             out.add(f"w{path}", *prefix, "s", value=not out.tangent)
 
 
-def _sums_of_terms(out: Writer, part: tuple[int, int]) -> None:
+def _sums_of_terms(out: Writer, part: tuple[int, int], names: dict[float, str]) -> None:
     """w_path += factor times (monomial g_m), for every term: more operations, but only the sums are held."""
     for group in out.problem.groups:
         if not _by_path(out.problem, group, part):
@@ -308,24 +315,25 @@ def _sums_of_terms(out: Writer, part: tuple[int, int]) -> None:
                 if entries:
                     out.add("v", "t", f"g{m}", fresh=True)
                 for path, factor in entries:
-                    out.add(f"w{path}", repr(factor), "v", value=not out.tangent)
+                    out.add(f"w{path}", names[factor], "v", value=not out.tangent)
 
 
 def weights_source(problem, ptx: bool, part: tuple[int, int], tangent: bool, products: bool) -> str:
     """Sums over the nodes of a tile of what each path's weight is multiplied by, [tile, path, C]."""
-    out = Writer(problem, tangent, "g")
+    out = Writer(problem, tangent, "gf")
     prefix, paths = "d_" if tangent else "", range(*part)
     _begin(out, "size")
     for path in paths:
         # Not `zero`: Triton does not carry a variable from one turn to the next that it takes for another one's alias.
         out.emit(f"{prefix}w{path} = tl.zeros((NODES, BLOCK_C), ACC)")
         out.started |= {f"w{path}", f"d_w{path}"}
+    names = _factors(out, part)
     out.emit("for k in range(begin, end, NODES):")
     out.indent *= 2
     _nodes(out, "k")
     out.load("x", "x_ptr", problem.dim_in)
     out.load("g", "g_ptr", problem.dim_out)
-    (_sums_of_products if products else _sums_of_terms)(out, part)
+    (_sums_of_products if products else _sums_of_terms)(out, part, names)
     for path in paths if ptx else ():
         out.emit(f"{prefix}w{path} = opaque({prefix}w{path})")
     out.indent = out.indent[: len(out.indent) // 2]

@@ -51,7 +51,8 @@ def check_plan(plan: SpeciesPlan, x: torch.Tensor) -> None:
 def one_species(nodes: int, device: torch.device) -> SpeciesPlan:
     """The plan of nodes that are all alike."""
     perm = torch.arange(nodes, dtype=torch.int32, device=device)
-    return SpeciesPlan(torch.zeros_like(perm), perm, torch.tensor([0, nodes], dtype=torch.int32, device=device))
+    ptr = nodes * torch.arange(2, dtype=torch.int32, device=device)  # a CUDA graph cannot capture a copy from the host
+    return SpeciesPlan(torch.zeros_like(perm), perm, ptr)
 
 
 _last: tuple | None = None
