@@ -309,7 +309,11 @@ CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {
     "species_linear_wgrad": _WEIGHTS,
     "symmetric_contraction_fwd": {"NODES": (1, 2, 4)},
     "symmetric_contraction_bwd": {"NODES": (1, 2)},
-    "symmetric_contraction_weights": {"REGISTERS": (64, 128, 256), "PARTS": (128, 256, 512, 1024)},
+    "symmetric_contraction_weights": {
+        "PRODUCTS": (0, 1),
+        "REGISTERS": (64, 128, 256),
+        "PARTS": (128, 256, 512, 1024),
+    },
     "linear_wgrad": _WEIGHTS,
 }
 """Table -> what `tune` tries, one key after another, each from the best tile so far."""
