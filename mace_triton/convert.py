@@ -422,7 +422,7 @@ def _row(name: str, module: torch.nn.Module, conversion: Conversion | None, dtyp
         runs = _runs("radial_mlp", weight) if module.fused else f"MACE's own code, last layer {_runs('linear', weight)}"
         return Row(name, kind, runs, module.run_mode, "mul_ir")
     if isinstance(module, SymmetricContraction):
-        runs = _runs("symmetric_contraction", module.table)
+        runs = _runs("symmetric_contraction", module.contractions[0].weights_max)
         return Row(name, kind, runs, dtype, f"ir_mul -> {module.layout_out}")
     reason = "not accelerated" if conversion is None else conversion.kept.get(name, "no kernel yet")
     return Row(name, kind, f"MACE's own code: {reason}", dtype, "mul_ir")
