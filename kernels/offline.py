@@ -50,7 +50,10 @@ class Case:
 
 @dataclass(frozen=True)
 class CompiledStats:
-    """Per thread: registers, stack bytes, spilled bytes (AMD: registers). Per block: shared bytes. Opcode counts."""
+    """Per thread: registers, stack bytes, spilled bytes (AMD: registers). Per block: shared bytes. Opcode counts.
+
+    carried: variables that the loops carry from turn to turn, by Triton's own representation.
+    """
 
     target: str
     registers: int
@@ -58,6 +61,7 @@ class CompiledStats:
     shared: int
     spills: int
     instructions: dict[str, int] = field(default_factory=dict)
+    carried: int = 0
 
 
 def gpu_target(name: str) -> GPUTarget:
@@ -108,6 +112,7 @@ def compile_case(kernel, case: Case, target: str) -> CompiledStats:
     compiled = triton.compile(source, target=gpu_target(target), options=options)
     text = compiled.asm["amdgcn" if target.startswith("gfx") else "ptx"]
     found = dict(Counter(OPCODES.findall(text)))
+    carried = sum(loop.count("=") for loop in re.findall(r"scf\.for .*iter_args\((.*?)\)", compiled.asm["ttir"]))
     if target.startswith("gfx"):
         numbers = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)", text)}
         return CompiledStats(
@@ -117,9 +122,11 @@ def compile_case(kernel, case: Case, target: str) -> CompiledStats:
             compiled.metadata.shared,
             numbers["vgpr_spill_count"],
             found,
+            carried,
         )
     usage = resource_usage(compiled.asm["cubin"])
-    return CompiledStats(target, usage["REG"], usage["STACK"], compiled.metadata.shared, usage["LOCAL"], found)
+    registers, stack, spills = (usage[key] for key in ("REG", "STACK", "LOCAL"))
+    return CompiledStats(target, registers, stack, compiled.metadata.shared, spills, found, carried)
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:

@@ -1,25 +1,28 @@
 """MACE's symmetric contraction: a polynomial of degree up to 4 in the components of each channel, for each node.
 
     out[n, m, c] = sum_t coef[z_n, t, c] prod_{i in t} x[n, i, c]            over the terms t of output component m
+    coef[z, t, c] = sum_k table[t, k] weights[z, k, c]                       (`combine`)
 
 Terms that share a prefix p (all factors but the last) are summed first, so that a term costs one multiply-add:
 
     out_m += p (c_p + sum_k c_pk x_k)
 
 Backward, with a_k = sum_m g_m c_mpk:   gx_k += a_k p,   gx_i += (c_p g + sum_k a_k x_k) (p without x_i).
-Gradient of the coefficients: sum over the nodes of a species of g_m times the monomial. The nodes, sorted by species,
-are cut into tiles; each tile keeps its sums in registers, writes them once, and a second kernel adds the tiles of a
-species in their order. No atomics anywhere: the same bits on every run.
+Gradient of the weights: the sum over the nodes of a species of  sum_p p (sum of table factors times g_m x_k). The
+nodes, sorted by species, are cut into tiles; each keeps its sums in registers, one a path, and writes them once, and a
+second kernel adds the tiles of a species in a fixed order. No atomics anywhere: the same bits on every run.
 
-Double backward. For cotangents (a, q) of (gx, gcoef), <a, gx> + <q, gcoef> is the derivative of sum g out along (a, q).
-So the same three kernels run on pairs (value, derivative), with a and q as the derivatives of x and coef.
+Double backward. For cotangents (a, q) of (gx, gweights), <a, gx> + <q, gweights> is the derivative of sum g out along
+(a, q). So the same three kernels run on pairs (value, derivative), with a as the derivative of x and `combine(q)` as
+that of the coefficients.
 
-The polynomials are unrolled when the source is generated (`symmetric_contraction_source.py`).
+Programs of species without nodes end at once, so that only the species present cost time. The polynomials are unrolled
+when the source is generated (`symmetric_contraction_source.py`).
 """
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -28,7 +31,57 @@ import triton.language as tl
 from . import symmetric_contraction_source as source
 from . import tiles
 from .generated import kernel_of
-from .segments import cut, sum_tiles
+
+PACK = tl.constexpr(source.PACK)
+
+
+@triton.jit
+def symmetric_contraction_combine_kernel(
+    weights_ptr,
+    path_ptr,
+    factor_ptr,
+    ptr_ptr,
+    coef_ptr,
+    width,
+    paths,
+    longest,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """coef[z, t, c] = sum of factor[t, i] weights[z, path[t, i], c], in the order [row, C, PACK] of one species.
+
+    A row of the table has `longest` entries, filled up with zeros. Nothing is written for species without nodes.
+    """
+    z = tl.program_id(0)
+    if tl.load(ptr_ptr + z) == tl.load(ptr_ptr + z + 1):
+        return
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < width
+    term, channel = place // (C * PACK) * PACK + place % PACK, place // PACK % C
+    weights = weights_ptr + z.to(tl.int64) * paths * C + channel
+    total = tl.zeros([BLOCK], weights_ptr.dtype.element_ty)
+    for i in range(longest):
+        path = tl.load(path_ptr + term * longest + i, mask=mask, other=0)
+        factor = tl.load(factor_ptr + term * longest + i, mask=mask, other=0.0)
+        total += factor * tl.load(weights + path * C, mask=mask, other=0.0)
+    tl.store(coef_ptr + z.to(tl.int64) * width + place, total, mask=mask)
+
+
+@triton.jit(do_not_specialize=["size"])
+def symmetric_contraction_sum_kernel(part_ptr, ptr_ptr, out_ptr, size, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """out[z] = sum of the tiles of species z, whose places `nodes_of_tile` says; zero without any."""
+    z = tl.program_id(0)
+    start = tl.load(ptr_ptr + z)
+    count = tl.cdiv(tl.load(ptr_ptr + z + 1) - start, size)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    row = tl.arange(0, ROWS)[:, None]
+    part = part_ptr + (start // size + z).to(tl.int64) * width + column
+    total = tl.zeros([ROWS, BLOCK], part_ptr.dtype.element_ty)
+    for first in range(0, count, ROWS):
+        mask = (first + row < count) & (column < width)
+        total += tl.load(part + (first + row).to(tl.int64) * width, mask=mask, other=0.0)
+    out = out_ptr + z.to(tl.int64) * width + column
+    tl.store(out, tl.sum(total, axis=0)[None, :], mask=column < width)
 
 
 @cache
@@ -37,17 +90,62 @@ def _kernel(write, problem, *how):
 
 
 @cache
-def _coef_kernels(problem, terms: int, tangent: bool) -> list:
-    """The kernels of every part of the coefficients' gradient, at most `terms` terms each."""
-    return [_kernel(source.coef_source, problem, part, tangent) for part in source.parts(problem, terms)]
+def _weights_kernels(problem, ptx: bool, registers: int, tangent: bool, products: bool) -> list:
+    """The kernels of every part of the weights' gradient."""
+    parts = source.parts(problem, registers, products)
+    return [_kernel(source.weights_source, problem, ptx, part, tangent, products) for part in parts]
 
 
-def _launch(kernel, tile: tiles.Tile, programs: int, channels: int, *tensors: torch.Tensor, acc: torch.dtype) -> None:
-    double, x = acc == torch.float64, tensors[0]
-    with torch.cuda.device_of(x):  # Triton launches on the current device
+@lru_cache(maxsize=256)
+def _table(problem, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(path, factor) [rows * PACK, longest] of every term, filled up with zeros."""
+    longest = max(map(len, problem.table), default=1) or 1
+    rows = [*problem.table, *((),) * (problem.rows * source.PACK - len(problem.table))]
+    filled = [(*row, *((0, 0.0),) * (longest - len(row))) for row in rows]
+    path = torch.tensor([[k for k, _ in row] for row in filled], dtype=torch.int32, device=device)
+    return path, torch.tensor([[factor for _, factor in row] for row in filled], dtype=dtype, device=device)
+
+
+def combine(problem, weights: torch.Tensor, ptr: torch.Tensor | None) -> torch.Tensor:
+    """The coefficients [Z, rows, C, PACK] for weights [Z, paths, C].
+
+    Those of species that have no node by `ptr` [Z + 1] stay unwritten: nobody reads them. ptr None: all are made.
+    """
+    shape = (weights.shape[0], problem.rows, problem.channels, source.PACK)
+    out = torch.empty(shape, dtype=weights.dtype, device=weights.device)
+    width = out.shape[1:].numel()
+    if out.numel() == 0:
+        return out
+    if ptr is None:
+        ptr = torch.arange(shape[0] + 1, dtype=torch.int32, device=weights.device)  # as if each had a node
+    path, factor = _table(problem, weights.dtype, weights.device)
+    tile = tiles.choose("symmetric_contraction_combine", dtype=tiles.TAGS[weights.dtype])
+    with torch.cuda.device_of(weights):  # Triton launches on the current device
+        symmetric_contraction_combine_kernel[(shape[0], triton.cdiv(width, tile["BLOCK"]))](
+            *(weights, path, factor, ptr, out, width, problem.paths, path.shape[1]),
+            C=problem.channels,
+            BLOCK=tile["BLOCK"],
+            num_warps=tile.num_warps,
+        )
+    return out
+
+
+def _ptx(x: torch.Tensor) -> bool:
+    """Whether a kernel on x may hold PTX."""
+    return x.is_cuda and torch.version.hip is None
+
+
+def _launch(kernel, tile: tiles.Tile, programs: int, channels: int, *arguments, acc: torch.dtype) -> None:
+    """arguments: the tensors, the last one being the first node of each species, and the tile's size where asked."""
+    tensors = [t for t in arguments if isinstance(t, torch.Tensor)]
+    double, species = acc == torch.float64, tensors[-1].shape[0] - 1
+    with torch.cuda.device_of(tensors[0]):
         kernel[(programs, triton.cdiv(channels, tile["BLOCK_C"]))](
-            *tensors,
+            *arguments,
             C=channels,
+            Z=species,
+            ZW=triton.next_power_of_2(species),
+            NODES=tile["NODES"],
             BLOCK_C=tile["BLOCK_C"],
             ACC=tl.float64 if double else tl.float32,
             INT=tl.int64 if double else tl.int32,
@@ -55,22 +153,31 @@ def _launch(kernel, tile: tiles.Tile, programs: int, channels: int, *tensors: to
         )
 
 
+def _programs(nodes: int, size: int, plan) -> int:
+    """How many tiles of at most `size` nodes there are, with the empty ones; see `nodes_of_tile`."""
+    return nodes // size + plan.ptr.shape[0] - 1
+
+
 def _run_map(problem, op: str, write, inputs: tuple[torch.Tensor, ...], x, coef, a, q, plan, dim: int) -> torch.Tensor:
-    """One program a node: the forward or the gradient of x, or its derivative along (a, q) where a is given."""
-    out = torch.empty((x.shape[0], dim, problem.channels), dtype=x.dtype, device=x.device)
+    """The forward or the gradient of x, or its derivative along a (and q) where a is given."""
+    nodes = x.shape[0]
+    out = torch.empty((nodes, dim, problem.channels), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    tile = tiles.choose(op, dtype=tiles.TAGS[x.dtype], terms=len(problem.terms), nodes=x.shape[0])
-    ptx = x.is_cuda and torch.version.hip is None
-    kernel = _kernel(write, problem, ptx, a is not None, q is not None)
+    op += "" if a is None else "_tangent"
+    tile = tiles.choose(op, dtype=tiles.TAGS[x.dtype], terms=len(problem.terms), nodes=nodes)
+    kernel = _kernel(write, problem, _ptx(x), a is not None, q is not None)
     tangents = [t for t in (a, q) if t is not None]
-    tensors = (*inputs, x, coef, *tangents, out, plan.species, plan.perm)
-    _launch(kernel, tile, x.shape[0], problem.channels, *tensors, acc=coef.dtype)
+    tensors = (*inputs, x, coef, *tangents, out, plan.perm, plan.ptr)
+    _launch(kernel, tile, _programs(nodes, tile["NODES"], plan), problem.channels, *tensors, acc=coef.dtype)
     return out
 
 
 def forward(problem, x: torch.Tensor, coef: torch.Tensor, plan, a=None, q=None) -> torch.Tensor:
-    """x [N, dim_in, C], coef [Z, rows, C, PACK] -> [N, dim_out, C]; or its derivative along (a, q)."""
+    """x [N, dim_in, C], coef [Z, rows, C, PACK] -> [N, dim_out, C].
+
+    a, q: tangents of x and coef; then the result is the derivative along them (q may be None for zero).
+    """
     write = source.forward_source
     return _run_map(problem, "symmetric_contraction_fwd", write, (), x, coef, a, q, plan, problem.dim_out)
 
@@ -81,24 +188,30 @@ def grad_x(problem, g: torch.Tensor, x: torch.Tensor, coef: torch.Tensor, plan, 
     return _run_map(problem, "symmetric_contraction_bwd", write, (g,), x, coef, a, q, plan, problem.dim_in)
 
 
-def grad_coef(problem, g: torch.Tensor, x: torch.Tensor, plan, dtype: torch.dtype, a=None) -> torch.Tensor:
-    """The gradient [Z, rows, C, PACK] of the coefficients, of `dtype`; or its derivative along a."""
-    nodes, species, width = x.shape[0], plan.ptr.shape[0] - 1, problem.rows * source.PACK
-    if nodes == 0 or not problem.terms:
-        return torch.zeros((species, problem.rows, problem.channels, source.PACK), dtype=dtype, device=x.device)
-    tile = tiles.choose("symmetric_contraction_coef", dtype=tiles.TAGS[x.dtype], terms=len(problem.terms), nodes=nodes)
-    bounds, first = cut(plan.ptr, nodes, tile["PARTS"], 8)
-    count = bounds.shape[0] - 1
-    partial = torch.empty((count, width * problem.channels), dtype=dtype, device=x.device)
-    for kernel in _coef_kernels(problem, tile["TERMS"], a is not None):
-        tensors = (g, x, *(() if a is None else (a,)), partial, plan.perm, bounds)
-        _launch(kernel, tile, count, problem.channels, *tensors, acc=dtype)
-    total = sum_tiles(partial, first).view(species, width, problem.channels)
-    total[:, len(problem.terms) :] = 0
-    return total.view(species, problem.rows, source.PACK, problem.channels).transpose(2, 3)
+def grad_weights(problem, g: torch.Tensor, x: torch.Tensor, plan, dtype: torch.dtype, a=None) -> torch.Tensor:
+    """The gradient [Z, paths, C] of the weights, of `dtype`; or its derivative along a."""
+    nodes, species, channels = x.shape[0], plan.ptr.shape[0] - 1, problem.channels
+    shape = (species, problem.paths, channels)
+    if nodes == 0 or problem.paths == 0:
+        return torch.zeros(shape, dtype=dtype, device=x.device)
+    op = "symmetric_contraction_weights" + ("" if a is None else "_tangent")
+    tile = tiles.choose(op, dtype=tiles.TAGS[x.dtype], terms=len(problem.terms), nodes=nodes)
+    size = max(2, triton.cdiv(nodes, tile["PARTS"]))
+    count = _programs(nodes, size, plan)
+    partial = torch.empty((count, problem.paths, channels), dtype=dtype, device=x.device)
+    tensors = (g, x, *(() if a is None else (a,)), partial, plan.perm, plan.ptr)
+    for kernel in _weights_kernels(problem, _ptx(x), tile["REGISTERS"], a is not None, bool(tile["PRODUCTS"])):
+        _launch(kernel, tile, count, channels, *tensors, size, acc=dtype)
+    out, width = torch.empty(shape, dtype=dtype, device=x.device), problem.paths * channels
+    tile = tiles.choose("symmetric_contraction_sum", dtype=tiles.TAGS[dtype])
+    with torch.cuda.device_of(x):
+        symmetric_contraction_sum_kernel[(species, triton.cdiv(width, tile["BLOCK"]))](
+            *(partial, plan.ptr, out, size, width), ROWS=tile["ROWS"], BLOCK=tile["BLOCK"], num_warps=tile.num_warps
+        )
+    return out
 
 
-def offline_cases(problem, target: str = "sm_90", dtypes: tuple[str, ...] = ("fp64", "fp32")) -> list:
+def offline_cases(problem, target: str = "sm_90", dtypes: tuple[str, ...] = ("fp64", "fp32"), species: int = 89):
     """The kernels of `problem` with the tiles in use, for `offline.compile_cases`; a case's module is a generated file.
 
     Left out: derivatives along tangents of the coefficients, which no training step asks for.
@@ -106,33 +219,54 @@ def offline_cases(problem, target: str = "sm_90", dtypes: tuple[str, ...] = ("fp
     cases, ptx = [], target.startswith("sm_")
     for dtype in dtypes:
         call = {"dtype": dtype, "terms": len(problem.terms), "nodes": 1536, "arch": target}
-        for op, write in (("fwd", source.forward_source), ("bwd", source.backward_source)):
-            tile = tiles.choose(f"symmetric_contraction_{op}", **call)
-            for tangent in (False, True):
-                kernel = _kernel(write, problem, ptx, tangent)
-                cases.append(_offline_case(kernel.fn, "", tile, problem, dtype))
-        tile = tiles.choose("symmetric_contraction_coef", **call)
         for tangent in (False, True):
-            kernels = _coef_kernels(problem, tile["TERMS"], tangent)
+            word = "_tangent" if tangent else ""
+            for op, write in (("fwd", source.forward_source), ("bwd", source.backward_source)):
+                tile = tiles.choose(f"symmetric_contraction_{op}{word}", **call)
+                kernel = _kernel(write, problem, ptx, tangent)
+                cases.append(_offline_case(kernel.fn, "", tile, problem, dtype, species))
+            tile = tiles.choose(f"symmetric_contraction_weights{word}", **call)
+            kernels = _weights_kernels(problem, ptx, tile["REGISTERS"], tangent, bool(tile["PRODUCTS"]))
             for number, kernel in enumerate(kernels):
                 part = f" {number + 1}/{len(kernels)}"
-                cases.append(_offline_case(kernel.fn, part, tile, problem, dtype))
+                cases.append(_offline_case(kernel.fn, part, tile, problem, dtype, species))
+        cases += _plain_cases(problem, target, dtype)
     return cases
 
 
-def _offline_case(function, part: str, tile: tiles.Tile, problem, dtype: str):
+def _offline_case(function, part: str, tile: tiles.Tile, problem, dtype: str, species: int):
     """The specialisation of one generated kernel that a launch with `tile` compiles."""
     import inspect
 
     from .offline import Case
 
-    plan = ("species_ptr", "perm_ptr", "tile_ptr")
-    pointers = [name for name in inspect.signature(function).parameters if name.endswith("_ptr")]
-    signature = {name: "*i32" if name in plan else f"*{dtype}" for name in pointers}
+    plan, names = ("perm_ptr", "ptr_ptr"), inspect.signature(function).parameters
+    signature = {name: "*i32" if name in plan else f"*{dtype}" for name in names if name.endswith("_ptr")}
+    signature |= {"size": "i32"} if "size" in names else {}
     double = dtype == "fp64"
-    types = {"ACC": tl.float64 if double else tl.float32, "INT": tl.int64 if double else tl.int32}
-    constants = {"C": problem.channels, "BLOCK_C": tile["BLOCK_C"]} | types
+    constants = {"C": problem.channels, "Z": species, "ZW": triton.next_power_of_2(species)}
+    constants |= {"NODES": tile["NODES"], "BLOCK_C": tile["BLOCK_C"]}
+    constants |= {"ACC": tl.float64 if double else tl.float32, "INT": tl.int64 if double else tl.int32}
     name = f"{function.__name__.removesuffix('_kernel')} {dtype}{part}"
-    known = tuple(name for name in pointers if name in plan)
-    launch = (constants, tile.num_warps, tile.num_stages, known)
+    launch = (constants, tile.num_warps, tile.num_stages, plan)
     return Case(name, inspect.getfile(function), function.__name__, signature, *launch)
+
+
+def _plain_cases(problem, target: str, dtype: str) -> list:
+    """The kernels that are not generated: what is before the polynomials and what is after them."""
+    from .offline import Case
+
+    module, cases = "symmetric_contraction", []
+    signatures = {
+        "combine": {"path_ptr": "*i32", "factor_ptr": f"*{dtype}", "weights_ptr": f"*{dtype}", "coef_ptr": f"*{dtype}"}
+        | {"ptr_ptr": "*i32", "width": "i32", "paths": "i32", "longest": "i32"},
+        "sum": {"part_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "ptr_ptr": "*i32", "size": "i32", "width": "i32"},
+    }
+    for op, signature in signatures.items():
+        tile = tiles.choose(f"symmetric_contraction_{op}", dtype=dtype, arch=target)
+        constants = dict(tile.block) | ({"C": problem.channels} if op == "combine" else {})
+        divisible = tuple(name for name, kind in signature.items() if kind.startswith("*"))
+        launch = (constants, tile.num_warps, tile.num_stages, divisible)
+        kernel = f"symmetric_contraction_{op}_kernel"
+        cases.append(Case(f"symmetric_contraction_{op} {dtype}", module, kernel, signature, *launch))
+    return cases

@@ -1,12 +1,13 @@
 """Writes the Triton source of the symmetric contraction's kernels for one problem (see `symmetric_contraction.py`).
 
-A program owns one node (or, for the gradient of the coefficients, the nodes of one tile) and BLOCK_C channels, one
-channel a thread; all components of a channel are registers. The polynomial is unrolled. In a tangent kernel every
-variable v has a derivative d_v beside it, and only derivatives are stored; the compiler drops what nobody reads.
+A program owns up to NODES nodes of one species at a time and BLOCK_C channels, one channel a thread; all components of
+a channel are registers, [NODES, BLOCK_C]. The polynomial is unrolled. In a tangent kernel every variable v has a
+derivative d_v beside it, and only derivatives are stored; the compiler drops what nobody reads.
 
 Triton's passes take a time that grows with the square of the number of loads and stores in a kernel. So the components
-of a node are one load, [DIM, C], taken apart in registers (`component`), results are one store. Coefficients are read
-by inline assembly, four terms at once (`ptx`, NVIDIA). Elsewhere each is a load, and compilation takes its time.
+of a node are one load, [DIM, NODES, C], taken apart in registers (`component`), results are one store. Coefficients
+are read by inline assembly, four terms at once (`ptx`, NVIDIA). Elsewhere each is a load, and compilation takes its
+time.
 """
 
 from __future__ import annotations
@@ -16,8 +17,23 @@ import triton
 HELPERS = '''\
 @triton.jit
 def component(bits, place, I: tl.constexpr, DTYPE: tl.constexpr):
-    """Row I of a tile [DIM, C] that is given as integers: a sum with zeros, which the compiler removes."""
+    """Row I of a tile [DIM, NODES, C] that is given as integers: a sum with zeros, which the compiler removes."""
     return tl.sum(tl.where(place == I, bits, 0), axis=0).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def nodes_of_tile(ptr_ptr, size, Z: tl.constexpr, ZW: tl.constexpr):
+    """(species, first, end) of this program's tile, at most `size` of the nodes sorted by species.
+
+    Species z has the tiles from ptr[z] // size + z on; those that it does not need are empty.
+    """
+    number = tl.program_id(0)
+    z = tl.arange(0, ZW)
+    first = tl.load(ptr_ptr + z, mask=z < Z, other=0) // size + z
+    species = tl.sum(((first <= number) & (z < Z)).to(tl.int32), axis=0) - 1
+    start = tl.load(ptr_ptr + species)
+    begin = start + (number - start // size - species) * size
+    return species, begin, tl.minimum(begin + size, tl.load(ptr_ptr + species + 1))
 
 
 @triton.jit
@@ -33,10 +49,19 @@ def load_pack(ptr):
             dtype=(tl.float64, tl.float64, tl.float64, tl.float64), is_pure=True, pack=1)
 
 
+@triton.jit
+def opaque(x):
+    """x. LLVM does not see that, and so does not make vectors of neighbouring sums, which costs 200 registers."""
+    if x.dtype == tl.float32:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.inline_asm_elementwise("mov.b64 $0, $1;", "=d,d", [x], dtype=tl.float64, is_pure=True, pack=1)
+
+
 '''
 PACK = 4
 TILE = 16
-"""Terms that are stored together."""
+"""Sums that are stored together."""
 
 
 class Writer:
@@ -57,22 +82,20 @@ class Writer:
 
         value: False leaves the derivative alone to be summed.
         """
-        names = [(name, [" * ".join(factors)])] if value else []
+        names = [(name, [factors])] if value else []
         if self.tangent:
             names.append((f"d_{name}", self._derivative(factors)))
-        for variable, terms in names:
+        for variable, products in names:
             if fresh or variable not in self.started:
                 self.started.add(variable)
-                self.emit(f"{variable} = {' + '.join(terms) or 'zero'}")
-            elif terms:
-                self.emit(f"{variable} += {' + '.join(terms)}")
+                self.emit(f"{variable} = {_sum('', products) or 'zero'}")
+            elif products:
+                self.emit(f"{variable} = {_sum(variable, products)}")
 
-    def _derivative(self, factors: tuple[str, ...]) -> list[str]:
-        terms = []
-        for i, factor in enumerate(factors):
-            if factor[0] not in self.constant:
-                terms.append(" * ".join((*factors[:i], f"d_{factor}", *factors[i + 1 :])))
-        return terms
+    def _derivative(self, factors: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """The products whose sum it is."""
+        varying = (i for i, factor in enumerate(factors) if factor[0] not in self.constant)
+        return [(*factors[:i], f"d_{factors[i]}", *factors[i + 1 :]) for i in varying]
 
     def coefficient(self, term: int) -> str:
         """The name of a term's coefficient, loaded with its neighbours when the first of them is asked for."""
@@ -91,25 +114,25 @@ class Writer:
             self.emit(f"{prefix}c{term} = tl.load({prefix}coef + {self.loaded} * C + {term - self.loaded})")
 
     def load(self, name: str, pointer: str, dim: int) -> None:
-        """The components of one node as name0, name1, ..., and the tangent's beside them."""
+        """The components of the nodes as name0, name1, ..., and the tangent's beside them."""
         variables = [(name, pointer)]
         if self.tangent and name not in self.constant:
             variables.append((f"d_{name}", f"{pointer.removesuffix('_ptr')}_tangent_ptr"))
-        width = triton.next_power_of_2(dim)
+        row = f"row{triton.next_power_of_2(dim)}"
         for variable, ptr in variables:
-            mask = f"inside & (row{width} < {dim})" if width != dim else f"inside & (row{width} >= 0)"
-            self.emit(f"tile = tl.load({ptr} + node * {dim} * C + row{width} * C + lane, mask={mask}, other=0.0)")
+            place = f"{ptr} + node * {dim} * C + {row} * C + lane"
+            self.emit(f"tile = tl.load({place}, mask=inside & ({row} < {dim}), other=0.0)")
             self.emit("bits = tile.to(ACC).to(INT, bitcast=True)")
             for i in range(dim):
-                self.emit(f"{variable}{i} = component(bits, row{width}, {i}, ACC)")
+                self.emit(f"{variable}{i} = component(bits, {row}, {i}, ACC)")
 
     def store(self, name: str, pointer: str, dim: int) -> None:
-        """The variables name0, name1, ... as the components of one node; zero where a variable never appeared."""
+        """The variables name0, name1, ... as the components of the nodes; zero where a variable never appeared."""
         prefix, width = "d_" if self.tangent else "", triton.next_power_of_2(dim)
-        self.emit(f"tile = tl.zeros(({width}, BLOCK_C), ACC)")
+        self.emit(f"tile = tl.zeros(({width}, NODES, BLOCK_C), ACC)")
         for i in range(dim):
             if f"{prefix}{name}{i}" in self.started:
-                self.emit(f"tile = tl.where(row{width} == {i}, {prefix}{name}{i}[None, :], tile)")
+                self.emit(f"tile = tl.where(row{width} == {i}, {prefix}{name}{i}[None, :, :], tile)")
         self.emit(
             f"tl.store({pointer} + node * {dim} * C + row{width} * C + lane, "
             f"tile.to({pointer}.dtype.element_ty), mask=inside & (row{width} < {dim}))"
@@ -117,28 +140,53 @@ class Writer:
 
     def rows(self, *dims: int) -> None:
         for width in sorted({triton.next_power_of_2(dim) for dim in dims}):
-            self.emit(f"row{width} = tl.arange(0, {width})[:, None]")
+            self.emit(f"row{width} = tl.arange(0, {width})[:, None, None]")
 
 
-def _kernel(name: str, out: Writer, pointers: list[str]) -> str:
+def _sum(start: str, products: list[tuple[str, ...]]) -> str:
+    """start (may be empty) plus the products, by multiply-adds: Triton's own fusion is an option of the compiler."""
+    for *others, last in products:
+        product = " * ".join(others)
+        if not start:
+            start = " * ".join((*others, last))
+        else:
+            start = f"tl.fma({product}, {last}, {start})" if product else f"{start} + {last}"
+    return start
+
+
+def _kernel(name: str, out: Writer, pointers: list[str], *numbers: str) -> str:
     """The whole source. Were the tensors known to be aligned, a thread would get four channels instead of one."""
-    data = [name for name in pointers if name not in ("species_ptr", "perm_ptr", "tile_ptr")]
-    constants = "C: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr, INT: tl.constexpr"
-    head = f"@triton.jit(do_not_specialize_on_alignment={data!r})\n"
-    head += f"def {name}_kernel({', '.join(pointers)}, {constants}):\n"
-    return HELPERS + head + "\n".join(out.lines) + "\n"
+    data = [name for name in pointers if name not in ("perm_ptr", "ptr_ptr")]
+    words = ("C", "Z", "ZW", "NODES", "BLOCK_C", "ACC", "INT")
+    arguments = ", ".join((*pointers, *numbers, *(f"{word}: tl.constexpr" for word in words)))
+    head = f"@triton.jit(do_not_specialize={list(numbers)!r}, do_not_specialize_on_alignment={data!r})\n"
+    return HELPERS + head + f"def {name}_kernel({arguments}):\n" + "\n".join(out.lines) + "\n"
 
 
-def _node_of_program(out: Writer) -> None:
+def _begin(out: Writer, size: str) -> None:
     """The channel block is the slow axis: neighbouring programs read the same coefficients."""
-    out.emit("channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]")
-    out.emit("lane = channel[None, :]")
-    out.emit("inside = lane < C")
-    out.emit("zero = tl.zeros((BLOCK_C,), ACC)")
-    out.emit("node = tl.load(perm_ptr + tl.program_id(0)).to(tl.int64)")
-    out.emit("species = tl.load(species_ptr + node).to(tl.int64)")
+    out.emit(f"species, begin, end = nodes_of_tile(ptr_ptr, {size}, Z, ZW)")
+    out.emit("if begin >= end:")
+    out.emit("    return")
+    out.emit("channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)")
+    out.emit("lane = channel[None, None, :]")
+    out.emit("zero = tl.zeros((NODES, BLOCK_C), ACC)")
+    out.rows(out.problem.dim_in, out.problem.dim_out)
+
+
+def _nodes(out: Writer, first: str) -> None:
+    """The nodes at `first` and after it in the order of their species; those beyond the tile are read as zeros."""
+    out.emit(f"number = {first} + tl.arange(0, NODES)")
+    out.emit("node = tl.load(perm_ptr + number, mask=number < end, other=0).to(tl.int64)[None, :, None]")
+    out.emit("inside = (lane < C) & (number < end)[None, :, None]")
+
+
+def _nodes_of_program(out: Writer) -> None:
+    _begin(out, "NODES")
+    _nodes(out, "begin")
     # A channel beyond the last one reads the last one's coefficients, so that these loads need no mask.
-    place = f"species * {out.problem.rows * PACK} * C + {PACK} * tl.minimum(channel, C - 1)"
+    rows = out.problem.rows * PACK
+    place = f"species.to(tl.int64) * {rows} * C + {PACK} * tl.minimum(channel, C - 1)[None, :]"
     out.emit(f"coef = coef_ptr + {place}")
     if out.tangent and "c" not in out.constant:
         out.emit(f"d_coef = coef_tangent_ptr + {place}")
@@ -155,8 +203,7 @@ def _prefix(out: Writer, prefix: tuple[int, ...]) -> tuple[str, ...]:
 def forward_source(problem, ptx: bool, tangent: bool, coef_tangent: bool = False) -> str:
     """out_m = sum over prefixes p of p (c_p + sum_k c_pk x_k); tangent: its derivative along tangents of x and coef."""
     out = Writer(problem, tangent, "" if coef_tangent else "c", ptx)
-    _node_of_program(out)
-    out.rows(problem.dim_in, problem.dim_out)
+    _nodes_of_program(out)
     out.load("x", "x_ptr", problem.dim_in)
     for group in problem.groups:
         prefix, sums = _prefix(out, group.prefix), set()
@@ -168,7 +215,7 @@ def forward_source(problem, ptx: bool, tangent: bool, coef_tangent: bool = False
         for m in sorted(sums):
             out.add(f"o{m}", *prefix, f"s{m}")
     out.store("o", "out_ptr", problem.dim_out)
-    pointers = ["x_ptr", "coef_ptr", *_tangents(tangent, coef_tangent), "out_ptr", "species_ptr", "perm_ptr"]
+    pointers = ["x_ptr", "coef_ptr", *_tangents(tangent, coef_tangent), "out_ptr", "perm_ptr", "ptr_ptr"]
     return _kernel("symmetric_contraction_fwd" + ("_tangent" if tangent else ""), out, pointers)
 
 
@@ -180,8 +227,7 @@ def backward_source(problem, ptx: bool, tangent: bool, coef_tangent: bool = Fals
     """gx: with a_k = sum_m g_m c_mpk and b = sum_k a_k x_k (c_p for the prefix alone), gx_k += a_k p, and gx_i of the
     prefix's components gets b times the prefix without x_i."""
     out = Writer(problem, tangent, "g" if coef_tangent else "gc", ptx)
-    _node_of_program(out)
-    out.rows(problem.dim_in, problem.dim_out)
+    _nodes_of_program(out)
     out.load("x", "x_ptr", problem.dim_in)
     out.load("g", "g_ptr", problem.dim_out)
     for group in problem.groups:
@@ -198,56 +244,106 @@ def backward_source(problem, ptx: bool, tangent: bool, coef_tangent: bool = Fals
             others = (f"x{j}" for other, j in enumerate(group.prefix) if other != place)
             out.add(f"y{i}", "b", *others)
     out.store("y", "gx_ptr", problem.dim_in)
-    pointers = ["g_ptr", "x_ptr", "coef_ptr", *_tangents(tangent, coef_tangent), "gx_ptr", "species_ptr", "perm_ptr"]
+    pointers = ["g_ptr", "x_ptr", "coef_ptr", *_tangents(tangent, coef_tangent), "gx_ptr", "perm_ptr", "ptr_ptr"]
     return _kernel("symmetric_contraction_bwd" + ("_tangent" if tangent else ""), out, pointers)
 
 
-def parts(problem, budget: int) -> list[tuple[int, int]]:
-    """[first, end) of the groups of each part of the coefficients' gradient: at most `budget` terms, or one group."""
-    found, first, size = [], 0, 0
-    for number, group in enumerate(problem.groups):
-        terms = sum(len(row.entries) for row in group.rows)
-        if size and size + terms > budget:
-            found.append((first, number))
-            first, size = number, 0
-        size += terms
-    return [*found, (first, len(problem.groups))] if problem.groups else []
+def parts(problem, budget: int, products: bool) -> list[tuple[int, int]]:
+    """[first, end) of the paths of each part of the weights' gradient: as many as fit, at least one.
+
+    A path needs a register for its sum; the products g_m x_k, where they are held, are shared.
+    """
+    held_by: list[set] = [set() for _ in range(problem.paths)]
+    for (m, monomial), row in zip(problem.terms, problem.table, strict=True):
+        for path, _ in row if products else ():
+            held_by[path].add((m, monomial[-1] if len(monomial) == problem.degree else None))
+    found, first, held = [], 0, set()
+    for path, own in enumerate(held_by):
+        if path > first and path + 1 - first + len(held | own) > budget:
+            found.append((first, path))
+            first, held = path, set()
+        held |= own
+    return [*found, (first, problem.paths)] if problem.paths else []
 
 
-def coef_source(problem, part: tuple[int, int], tangent: bool) -> str:
-    """Sums over the nodes of a tile of g_m times the monomial of each term of the part, [tile, term, C]."""
-    out = Writer(problem, tangent, "g")
-    groups = problem.groups[slice(*part)]
-    terms = sorted(term for group in groups for row in group.rows for _, term in row.entries)
-    prefix_d = "d_" if tangent else ""
-    out.emit("tile_number = tl.program_id(0)")
-    out.emit("lane = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]")
-    out.emit("inside = lane < C")
-    out.emit("zero = tl.zeros((BLOCK_C,), ACC)")
-    out.rows(problem.dim_in, problem.dim_out, TILE)
-    out.emit("first = tl.load(tile_ptr + tile_number)")
-    out.emit("end = tl.load(tile_ptr + tile_number + 1)")
-    for term in terms:
-        out.emit(f"{prefix_d}w{term} = zero")
-        out.started |= {f"w{term}", f"d_w{term}"}
-    out.emit("for k in range(first, end):")
-    out.indent *= 2
-    out.emit("node = tl.load(perm_ptr + k).to(tl.int64)")
-    out.load("x", "x_ptr", problem.dim_in)
-    out.load("g", "g_ptr", problem.dim_out)
-    for group in groups:
+def _by_path(problem, group, part: tuple[int, int]) -> dict[int, list[tuple[int, int | None, float]]]:
+    """The entries (m, k, factor) of a group's terms in the table, by path."""
+    found: dict[int, list] = {}
+    for row in group.rows:
+        for m, term in row.entries:
+            for path, factor in problem.table[term]:
+                if part[0] <= path < part[1]:
+                    found.setdefault(path, []).append((m, row.last, factor))
+    return found
+
+
+def _factors(out: Writer, part: tuple[int, int]) -> dict[float, str]:
+    """Names of the table's factors. They are tensors, as Triton 3.6 rounds a literal in `tl.fma` to FP32."""
+    used = {factor for row in out.problem.table for path, factor in row if part[0] <= path < part[1]}
+    names = {factor: f"f{number}" for number, factor in enumerate(sorted(used))}
+    for factor, name in names.items():
+        out.emit(f"{name} = tl.full((NODES, BLOCK_C), {factor!r}, ACC)")
+    return names
+
+
+def _sums_of_products(out: Writer, part: tuple[int, int], names: dict[float, str]) -> None:
+    """w_path += p (sum of factors times g_m x_k), for every prefix p: fewest operations, all g_m x_k are held."""
+    made: set[str] = set()
+    for group in out.problem.groups:
+        paths = _by_path(out.problem, group, part)
+        prefix = _prefix(out, group.prefix) if paths else ()
+        for path, entries in paths.items():
+            for i, (m, last, factor) in enumerate(entries):
+                product = f"g{m}" if last is None else f"h{m}_{last}"
+                if last is not None and product not in made:
+                    made.add(product)
+                    out.add(product, f"g{m}", f"x{last}", fresh=True)
+                out.add("s", names[factor], product, fresh=i == 0)
+            out.add(f"w{path}", *prefix, "s", value=not out.tangent)
+
+
+def _sums_of_terms(out: Writer, part: tuple[int, int], names: dict[float, str]) -> None:
+    """w_path += factor times (monomial g_m), for every term: more operations, but only the sums are held."""
+    for group in out.problem.groups:
+        if not _by_path(out.problem, group, part):
+            continue
         prefix = _prefix(out, group.prefix)
         for row in group.rows:
             out.add("t", *prefix, *(() if row.last is None else (f"x{row.last}",)), fresh=True)
             for m, term in row.entries:
-                out.add(f"w{term}", f"g{m}", "t", value=not tangent)
+                entries = [(path, factor) for path, factor in out.problem.table[term] if part[0] <= path < part[1]]
+                if entries:
+                    out.add("v", "t", f"g{m}", fresh=True)
+                for path, factor in entries:
+                    out.add(f"w{path}", names[factor], "v", value=not out.tangent)
+
+
+def weights_source(problem, ptx: bool, part: tuple[int, int], tangent: bool, products: bool) -> str:
+    """Sums over the nodes of a tile of what each path's weight is multiplied by, [tile, path, C]."""
+    out = Writer(problem, tangent, "gf")
+    prefix, paths = "d_" if tangent else "", range(*part)
+    _begin(out, "size")
+    for path in paths:
+        # Not `zero`: Triton does not carry a variable from one turn to the next that it takes for another one's alias.
+        out.emit(f"{prefix}w{path} = tl.zeros((NODES, BLOCK_C), ACC)")
+        out.started |= {f"w{path}", f"d_w{path}"}
+    names = _factors(out, part)
+    out.emit("for k in range(begin, end, NODES):")
+    out.indent *= 2
+    _nodes(out, "k")
+    out.load("x", "x_ptr", problem.dim_in)
+    out.load("g", "g_ptr", problem.dim_out)
+    (_sums_of_products if products else _sums_of_terms)(out, part, names)
+    for path in paths if ptx else ():
+        out.emit(f"{prefix}w{path} = opaque({prefix}w{path})")
     out.indent = out.indent[: len(out.indent) // 2]
-    out.emit(f"place = part_ptr + tile_number.to(tl.int64) * {problem.rows * PACK} * C + lane")
-    for start in range(0, len(terms), TILE):
-        block = terms[start : start + TILE]
+    out.emit(f"place = part_ptr + tl.program_id(0).to(tl.int64) * {problem.paths} * C + channel[None, :]")
+    out.emit(f"row = tl.arange(0, {TILE})[:, None]")
+    for start in range(0, len(paths), TILE):
+        block = paths[start : start + TILE]
         out.emit(f"tile = tl.zeros(({TILE}, BLOCK_C), ACC)")
-        for i, term in enumerate(block):
-            out.emit(f"tile = tl.where(row{TILE} == {i}, {prefix_d}w{term}[None, :], tile)")
-        out.emit(f"tl.store(place + ({block[0]} + row{TILE}) * C, tile, mask=inside & (row{TILE} < {len(block)}))")
-    pointers = ["g_ptr", "x_ptr", *_tangents(tangent, False), "part_ptr", "perm_ptr", "tile_ptr"]
-    return _kernel("symmetric_contraction_coef" + ("_tangent" if tangent else ""), out, pointers)
+        for i, path in enumerate(block):
+            out.emit(f"tile = tl.where(row == {i}, tl.sum({prefix}w{path}, axis=0)[None, :], tile)")
+        out.emit(f"tl.store(place + ({block[0]} + row) * C, tile, mask=(row < {len(block)}) & (channel < C)[None, :])")
+    pointers = ["g_ptr", "x_ptr", *_tangents(tangent, False), "part_ptr", "perm_ptr", "ptr_ptr"]
+    return _kernel("symmetric_contraction_weights" + ("_tangent" if tangent else ""), out, pointers, "size")

@@ -457,7 +457,7 @@ def _row(name: str, module: torch.nn.Module, conversion: Conversion | None, like
         precision = f"{module.run_mode}, last layer {module.run_last_mode}"
         return Row(name, kind, _network(module, kernel), precision, "mul_ir")
     if isinstance(module, SymmetricContraction):
-        runs = _runs("symmetric_contraction", module.table)
+        runs = _runs("symmetric_contraction", module.contractions[0].weights_max)
         return Row(name, kind, runs, dtype, f"ir_mul -> {module.layout_out}")
     if isinstance(module, (EdgeHarmonics, EdgeRadial)):
         return Row(name, kind, _runs("edge_embedding", like), dtype, "mul_ir")

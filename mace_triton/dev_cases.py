@@ -33,7 +33,7 @@ from .ops.species_linear import species_linear
 from .ops.symmetric_contraction import STORAGE, symmetric_contraction
 from .precision import TORCH_DTYPES
 from .problem import ChannelwiseTPProblem
-from .symmetric_contraction_problem import PACK, SymmetricContractionProblem
+from .symmetric_contraction_problem import SymmetricContractionProblem
 
 HIDDEN = {"small": "{c}x0e", "medium": "{c}x0e+{c}x1o", "large": "{c}x0e+{c}x1o+{c}x2e"}
 TARGET = "{c}x0e+{c}x1o+{c}x2e+{c}x3o"
@@ -58,7 +58,7 @@ def contraction_problem(shape: str, channels: int) -> SymmetricContractionProble
     from .nn.symmetric_contraction import problem_of
 
     irreps = (text.format(c=channels) for text in (TARGET, HIDDEN[shape]))
-    return problem_of(SymmetricContraction(*irreps, 3, num_elements=1))[0]
+    return problem_of(SymmetricContraction(*irreps, 3, num_elements=1, use_reduced_cg=True))[0]
 
 
 class ChannelwiseTP:
@@ -354,11 +354,11 @@ class SpeciesLinear:
 class SymmetricContraction:
     """Random inputs of the symmetric contraction, two species, hydrogen twice as often; `degree` plays no role."""
 
-    TABLES = ("symmetric_contraction_fwd", "symmetric_contraction_bwd", "symmetric_contraction_coef")
+    TABLES = ("symmetric_contraction_fwd", "symmetric_contraction_bwd", "symmetric_contraction_weights")
     STAGE_OF: ClassVar[dict[str, str]] = {
         "symmetric_contraction_fwd": "forward",
         "symmetric_contraction_bwd": "gradient of x",
-        "symmetric_contraction_coef": "gradient of coefficients",
+        "symmetric_contraction_weights": "gradient of weights",
     }
 
     def __init__(self, shape: str, dtype: str, nodes: int, degree: int, channels: int, device: str, seed: int = 0):
@@ -367,33 +367,35 @@ class SymmetricContraction:
         self.plan = plan_of(torch.arange(nodes, device=device) % 3 // 2, 2)
         self.inputs = {
             "x": randn((nodes, p.dim_in, channels), store, self.generator),
-            "c": randn((2, p.rows, channels, PACK), STORAGE[store], self.generator),
+            "w": randn((2, p.paths, channels), STORAGE[store], self.generator),
         }
-        self.inputs["c"].transpose(2, 3).flatten(1, 2)[:, len(p.terms) :] = 0
         self.nodes, self.operand_error = nodes, 0.0
         work, flops = p.min_bytes(nodes, 2, store.itemsize), p.flops(nodes)
-        self.bytes, self.flops = {"forward": work["forward"]}, {"forward": flops["forward"]}
+        self.bytes, self.flops = {"forward": work["forward"]}, flops
 
-    def op(self, x, c) -> torch.Tensor:
-        return symmetric_contraction(self.problem, x, c, self.plan)
+    def op(self, x, w) -> torch.Tensor:
+        return symmetric_contraction(self.problem, x, w, self.plan)
 
-    def formula(self, x, c) -> torch.Tensor:
-        return reference_symmetric_contraction.symmetric_contraction_fwd(self.problem, x, c, self.plan.species)
+    def formula(self, x, w) -> torch.Tensor:
+        coef = reference_symmetric_contraction.combine(self.problem, w)
+        return reference_symmetric_contraction.symmetric_contraction_fwd(self.problem, x, coef, self.plan.species)
 
     def lengths(self) -> dict[str, int]:
         """How many products are summed into one element, at most, by the letter of the result."""
-        terms = len(self.problem.terms)
-        return {"out": terms, "x": terms, "c": self.nodes}
+        entries = sum(map(len, self.problem.table))
+        return {"out": entries, "x": entries, "w": entries * self.nodes}
 
     def stages(self) -> dict[str, Callable[[], object]]:
         """What is timed, by name."""
-        ops, (x, c) = torch.ops.mace_triton, self.inputs.values()
+        ops, (x, w) = torch.ops.mace_triton, self.inputs.values()
         g = randn((self.nodes, self.problem.dim_out, self.problem.channels), x.dtype, self.generator)
-        rest = (*self.plan, self.problem.key)
+        plan, key = self.plan, self.problem.key
+        coef = ops.symmetric_contraction_combine(w, plan.ptr, key)
         return {
-            "forward": lambda: ops.symmetric_contraction(x, c, *rest),
-            "gradient of x": lambda: ops.symmetric_contraction_bwd(g, x, c, *rest, True, False),
-            "gradient of coefficients": lambda: ops.symmetric_contraction_bwd(g, x, c, *rest, False, True),
+            "coefficients": lambda: ops.symmetric_contraction_combine(w, plan.ptr, key),
+            "forward": lambda: ops.symmetric_contraction(x, w, coef, *plan, key),
+            "gradient of x": lambda: ops.symmetric_contraction_bwd(g, x, w, coef, *plan, key, True, False),
+            "gradient of weights": lambda: ops.symmetric_contraction_bwd(g, x, w, coef, *plan, key, False, True),
         }
 
 

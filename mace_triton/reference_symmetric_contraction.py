@@ -27,6 +27,20 @@ def _chunks(problem: SymmetricContractionProblem, nodes: int) -> Iterator[slice]
     return (slice(start, start + step) for start in range(0, nodes, step))
 
 
+def _table(problem: SymmetricContractionProblem, like: torch.Tensor) -> torch.Tensor:
+    """[T, paths]."""
+    table = torch.zeros(len(problem.terms), problem.paths, dtype=torch.float64)
+    for t, row in enumerate(problem.table):
+        for path, factor in row:
+            table[t, path] = factor
+    return table.to(like.device, like.dtype)
+
+
+def combine(problem: SymmetricContractionProblem, weights: torch.Tensor) -> torch.Tensor:
+    """The coefficients [Z, rows, C, PACK] for weights [Z, paths, C]."""
+    return _pack(problem, _table(problem, weights) @ weights)
+
+
 def _unpack(problem: SymmetricContractionProblem, coef: torch.Tensor) -> torch.Tensor:
     """[Z, rows, C, PACK] -> [Z, T, C]."""
     terms = coef.transpose(2, 3).reshape(coef.shape[0], problem.rows * PACK, problem.channels)
@@ -82,7 +96,7 @@ def symmetric_contraction_fwd(
 def symmetric_contraction_bwd(
     problem: SymmetricContractionProblem, g: torch.Tensor, x: torch.Tensor, coef: torch.Tensor, species: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients (of x, of coef) for the output gradient g [N, dim_out, C]."""
+    """Gradients (of x, of the weights) for the output gradient g [N, dim_out, C]."""
     m, index = _index(problem, x.device)
     terms, gx = _unpack(problem, coef), torch.zeros_like(x)
     g_terms = torch.zeros_like(terms)
@@ -90,7 +104,7 @@ def symmetric_contraction_bwd(
         factors, weight = _factors(x[part], index, 1.0), terms[species[part]] * g[part][:, m]
         gx[part] = _scatter(index, problem.dim_in, [weight * _product(factors, i) for i in range(len(factors))])
         g_terms.index_add_(0, species[part].long(), g[part][:, m] * _product(factors))
-    return gx, _pack(problem, g_terms)
+    return gx, _table(problem, coef).T @ g_terms
 
 
 def symmetric_contraction_bwd_bwd(
@@ -102,13 +116,13 @@ def symmetric_contraction_bwd_bwd(
     q: torch.Tensor | None,
     species: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients (of g, of x, of coef) for the cotangents a of gx and q of gcoef (None for zero).
+    """Gradients (of g, of x, of the weights) for the cotangents a of gx and q of gweights (None for zero).
 
-    <a, gx> + <q, gcoef> is the derivative of sum g out along (a, q), so a and q act as tangents of x and coef.
+    <a, gx> + <q, gweights> is the derivative of sum g out along (a, q), so a and q act as tangents of x and weights.
     """
     m, index = _index(problem, x.device)
     terms = _unpack(problem, coef)
-    q_terms = torch.zeros_like(terms) if q is None else _unpack(problem, q)
+    q_terms = torch.zeros_like(terms) if q is None else _table(problem, coef) @ q
     dg, dx, d_terms = torch.zeros_like(g), torch.zeros_like(x), torch.zeros_like(terms)
     for part in _chunks(problem, x.shape[0]):
         factors, tangents = _factors(x[part], index, 1.0), _factors(a[part], index, 0.0)
@@ -120,4 +134,4 @@ def symmetric_contraction_bwd_bwd(
         ]
         dx[part] = _scatter(index, problem.dim_in, parts)
         d_terms.index_add_(0, species[part].long(), gm * change)
-    return dg, dx, _pack(problem, d_terms)
+    return dg, dx, _table(problem, coef).T @ d_terms

@@ -73,14 +73,7 @@ def test_parity_passes(op):
     done = run("parity", op, "--shape", "small")
     assert done.exit_code == 0, done.output
     results = [line.split()[0] for line in done.output.splitlines() if line.endswith("ok")]
-    inputs = {
-        "channelwise_tp": "xyw",
-        "radial_mlp": "x",
-        "norm_mlp": "x",
-        "edge_embedding": "v",
-        "symmetric_contraction": "xc",
-    }
-    inputs = inputs.get(op, "xw")
+    inputs = {"channelwise_tp": "xyw", "radial_mlp": "x", "norm_mlp": "x", "edge_embedding": "v"}.get(op, "xw")
     assert results == ["out", *(f"g{i}" for i in inputs), "dg", *(f"d{i}" for i in inputs)]
 
 
@@ -186,7 +179,7 @@ def test_time_runs_every_stage(op, monkeypatch):
     monkeypatch.setattr(dev, "copy_bandwidth", lambda: 1e12)
     done = run("time", op, "--shape", "small")
     assert done.exit_code == 0, done.output
-    assert len(ran) == (2 if op.endswith("_mlp") else 4 if op == "edge_embedding" else 3)
+    assert len(ran) == len(dev.sized(op, "small", "fp32").stages())
     assert all(stage in done.output for stage in dev_cases.CASES[op].STAGE_OF.values())
 
 

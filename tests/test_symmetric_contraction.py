@@ -6,53 +6,51 @@ sum is the same formula on the absolute values of all operands. Comparisons are 
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
-import pickle
+import random
+from contextlib import ExitStack
 
 import mace  # noqa: F401  before e3nn
 import pytest
 import torch
-from e3nn import o3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mace.modules.irreps_tools import reshape_irreps
-from mace.modules.symmetric_contraction import SymmetricContraction as PlainContraction
 
 from mace_triton import reference_symmetric_contraction as reference
+from mace_triton.dev_cases import contraction_problem
 from mace_triton.kernels import offline, tiles
 from mace_triton.kernels import symmetric_contraction as kernels
 from mace_triton.kernels import symmetric_contraction_source as source
-from mace_triton.layout import convert_layout
-from mace_triton.nn.symmetric_contraction import ReshapeIrreps, SymmetricContraction, parameters_of, problem_of
 from mace_triton.ops import dispatch
 from mace_triton.ops import symmetric_contraction as ops
 from mace_triton.ops.species import plan_of, species_plan
-from mace_triton.ops.symmetric_contraction import symmetric_contraction
+from mace_triton.ops.symmetric_contraction import combine, symmetric_contraction
 from mace_triton.symmetric_contraction_problem import PACK, SymmetricContractionProblem
-
-OUTPUTS = ("{c}x0e", "{c}x0e+{c}x1o", "{c}x0e+{c}x1o+{c}x2e", "{c}x0e+{c}x1o+{c}x2e+{c}x3o")
-INPUT = "{c}x0e+{c}x1o+{c}x2e+{c}x3o"
 
 
 def problem_with(
-    terms: int, channels: int = 5, dim_in: int = 4, dim_out: int = 3, degree: int = 3
+    terms: int, channels: int = 5, dim_in: int = 4, dim_out: int = 3, degree: int = 3, paths: int | None = 7
 ) -> SymmetricContractionProblem:
-    """Every k-th of all possible terms, so that about `terms` of them are left."""
+    """Every k-th of all possible terms, so that about `terms` of them are left; up to 3 paths each, or their own."""
     degrees = range(1, degree + 1)
     monomials = [m for d in degrees for m in itertools.combinations_with_replacement(range(dim_in), d)]
     every = [(m, monomial) for monomial in monomials for m in range(dim_out)]
-    return SymmetricContractionProblem(channels, dim_in, dim_out, tuple(every[:: max(1, len(every) // terms)]))
+    kept, rng = tuple(every[:: max(1, len(every) // terms)]), random.Random(0)
+    if paths is None:
+        return SymmetricContractionProblem(channels, dim_in, dim_out, kept)
+    rows = (rng.sample(range(paths), rng.randint(1, min(3, paths))) for _ in kept)
+    table = tuple(tuple((k, rng.uniform(-1.0, 1.0)) for k in sorted(row)) for row in rows)
+    return SymmetricContractionProblem(channels, dim_in, dim_out, kept, paths, table)
 
 
 def operands(problem, species: list[int], count: int, dtype, device) -> dict[str, torch.Tensor]:
-    """x, coef, the output gradient g and the cotangents a, q of gx, gcoef."""
+    """x, the weights w, the output gradient g and the cotangents a, q of gx, gw."""
     n, wide = len(species), ops.STORAGE[dtype]
-    x, coef = (n, problem.dim_in, problem.channels), (count, problem.rows, problem.channels, PACK)
+    x, w = (n, problem.dim_in, problem.channels), (count, problem.paths, problem.channels)
     g = (n, problem.dim_out, problem.channels)
     made = {name: torch.randn(shape, device=device).to(dtype) for name, shape in (("x", x), ("g", g), ("a", x))}
-    return made | {name: torch.randn(coef, device=device).to(wide) for name in ("coef", "q")}
+    return made | {name: torch.randn(w, device=device).to(wide) for name in ("w", "q")}
 
 
 def plan(species: list[int], count: int, device) -> object:
@@ -67,8 +65,9 @@ def assert_close(actual: torch.Tensor, exact: torch.Tensor, magnitude: torch.Ten
 
 
 def wanted(problem, data: dict[str, torch.Tensor], species: torch.Tensor, with_q: bool = True) -> list[torch.Tensor]:
-    """By the formulas, in the operands' dtype: out; gx, gcoef; dg, dx, dcoef."""
-    x, coef, g, a, q = (data[key] for key in ("x", "coef", "g", "a", "q"))
+    """By the formulas, in the operands' dtype: out; gx, gw; dg, dx, dw."""
+    x, w, g, a, q = (data[key] for key in ("x", "w", "g", "a", "q"))
+    coef = reference.combine(problem, w)
     return [
         reference.symmetric_contraction_fwd(problem, x, coef, species),
         *reference.symmetric_contraction_bwd(problem, g, x, coef, species),
@@ -91,20 +90,33 @@ def test_kernels_match_fp64(name, dtype, device):
     data = operands(problem, species, count, dtype, device)
     graph = plan(species, count, device)
     exact = {key: tensor.double() for key, tensor in data.items()}
-    x, coef = (data[key].requires_grad_() for key in ("x", "coef"))
+    x, w = (data[key].requires_grad_() for key in ("x", "w"))
     dispatch.calls.clear()
-    out = symmetric_contraction(problem, x, coef, graph)
+    out = symmetric_contraction(problem, x, w, graph)
     g = data["g"].requires_grad_()
-    gx, gcoef = torch.autograd.grad(out, (x, coef), g, create_graph=True)
-    second = torch.autograd.grad((gx, gcoef), (g, x, coef), (data["a"], data["q"]))
+    gx, gw = torch.autograd.grad(out, (x, w), g, create_graph=True)
+    second = torch.autograd.grad((gx, gw), (g, x, w), (data["a"], data["q"]))
     called = {op for op, which in dispatch.calls if which == "triton"}
-    assert called == {f"symmetric_contraction_{word}" for word in ("fwd", "bwd", "bwd_bwd")}
-    terms, widest = len(problem.terms), max(species.count(z) for z in range(count))
-    results = (t.detach() for t in (out, gx, gcoef, *second))
-    sizes = wanted(problem, {key: tensor.abs() for key, tensor in exact.items()}, graph.species)
-    lengths = (terms, terms, widest, *(3 * terms,) * 3)
-    for got, want, size, n in zip(results, wanted(problem, exact, graph.species), sizes, lengths, strict=True):
+    assert called == {f"symmetric_contraction_{word}" for word in ("combine", "fwd", "bwd", "bwd_bwd")}
+    results = (t.detach() for t in (out, gx, gw, *second))
+    sizes = wanted(absolute(problem), {key: tensor.abs() for key, tensor in exact.items()}, graph.species)
+    for got, want, size, n in zip(
+        results, wanted(problem, exact, graph.species), sizes, lengths(problem, species), strict=True
+    ):
         assert_close(got, want, size, n)
+
+
+def absolute(problem) -> SymmetricContractionProblem:
+    """The problem with the absolute values of its table: what errors are measured by."""
+    table = tuple(tuple((k, abs(factor)) for k, factor in row) for row in problem.table)
+    sizes = (problem.channels, problem.dim_in, problem.dim_out)
+    return SymmetricContractionProblem(*sizes, problem.terms, problem.paths, table)
+
+
+def lengths(problem, species: list[int]) -> tuple[int, ...]:
+    """Products in a sum, of out; gx, gw; dg, dx, dw."""
+    entries, nodes = sum(map(len, problem.table)), max(map(species.count, species), default=0)
+    return entries, entries, entries * nodes, 3 * entries, 3 * entries, 3 * entries * nodes
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -115,42 +127,56 @@ def test_kernels_match_fp64(name, dtype, device):
     degree=st.integers(1, 4),
     terms=st.integers(1, 60),
     nodes=st.integers(1, 6),
-    budget=st.sampled_from([1, 7, 96]),
+    paths=st.sampled_from([None, 1, 20]),
+    budget=st.sampled_from([1, 20, 96]),
+    products=st.booleans(),
+    tile_nodes=st.sampled_from([1, 2, 4]),
 )
-def test_any_polynomial(channels, dim_in, dim_out, degree, terms, nodes, budget, device):
-    problem = problem_with(terms, channels, dim_in, dim_out, degree)
+def test_any_polynomial(channels, dim_in, dim_out, degree, terms, nodes, paths, budget, products, tile_nodes, device):
+    problem = problem_with(terms, channels, dim_in, dim_out, degree, paths)
     assert SymmetricContractionProblem.from_key(problem.key) == problem
     species = [i * i % 3 for i in range(nodes)]
     data, graph = operands(problem, species, 3, torch.float64, device), plan(species, 3, device)
-    x, coef, g, a = (data[key] for key in ("x", "coef", "g", "a"))
-    direct = torch.zeros_like(g)
-    for number, (m, monomial) in enumerate(problem.terms):
+    x, w, g, a, q = (data[key] for key in ("x", "w", "g", "a", "q"))
+    coef, direct = kernels.combine(problem, w, graph.ptr), torch.zeros_like(g)
+    for number, ((m, monomial), row) in enumerate(zip(problem.terms, problem.table, strict=True)):
         product = torch.stack([x[:, i] for i in monomial]).prod(dim=0)
-        direct[:, m] += coef[species, number // PACK, :, number % PACK] * product
-    exact = wanted(problem, data, graph.species, with_q=False)
-    sizes = wanted(problem, {key: tensor.abs() for key, tensor in data.items()}, graph.species, with_q=False)
+        own = sum(factor * w[species, path] for path, factor in row)
+        assert_close(coef[species, number // PACK, :, number % PACK], own, own.abs(), 3)
+        direct[:, m] += own * product
+    exact = wanted(problem, data, graph.species)
+    positive = {key: tensor.abs() for key, tensor in data.items()}
+    sizes = wanted(absolute(problem), positive, graph.species)
     assert_close(exact[0], direct, sizes[0], terms)
-    tile = tiles.Tile.of(num_warps=1, BLOCK_C=32, TERMS=budget, PARTS=64)
-    with tiles.forced("symmetric_contraction_coef", tile):
+    with ExitStack() as stack:
+        for op in ("fwd", "bwd", "weights", "fwd_tangent", "bwd_tangent", "weights_tangent"):
+            block = {"NODES": tile_nodes, "REGISTERS": budget, "PRODUCTS": int(products), "PARTS": 2}
+            tile = tiles.Tile.of(num_warps=1, BLOCK_C=32, **block)
+            stack.enter_context(tiles.forced(f"symmetric_contraction_{op}", tile))
         results = [
             kernels.forward(problem, x, coef, graph),
             kernels.grad_x(problem, g, x, coef, graph),
-            kernels.grad_coef(problem, g, x, graph, torch.float64),
-            kernels.forward(problem, x, coef, graph, a),
-            kernels.grad_x(problem, g, x, coef, graph, a),
-            kernels.grad_coef(problem, g, x, graph, torch.float64, a),
+            kernels.grad_weights(problem, g, x, graph, torch.float64),
+            kernels.forward(problem, x, coef, graph, a, kernels.combine(problem, q, graph.ptr)),
+            kernels.grad_x(problem, g, x, coef, graph, a, kernels.combine(problem, q, graph.ptr)),
+            kernels.grad_weights(problem, g, x, graph, torch.float64, a),
         ]
-    for got, want, size in zip(results, exact, sizes, strict=True):
-        assert_close(got, want, size, terms * degree + nodes)
+        without_q = kernels.grad_x(problem, g, x, coef, graph, a)
+    for got, want, size, n in zip(results, exact, sizes, lengths(problem, species), strict=True):
+        assert_close(got, want, size, n)
+    assert_close(without_q, wanted(problem, data, graph.species, with_q=False)[4], sizes[4], 3 * terms)
 
 
-def test_every_part_holds_whole_groups_within_its_budget():
-    problem = problem_with(200)
+@pytest.mark.parametrize("products", [True, False])
+def test_every_part_holds_the_paths_that_fit(products):
+    problem = problem_with(200, paths=30)
     for budget in (1, 20, 1000):
-        parts = source.parts(problem, budget)
-        assert [number for part in parts for number in range(*part)] == list(range(len(problem.groups)))
-        sizes = [[sum(len(r.entries) for r in g.rows) for g in problem.groups[slice(*part)]] for part in parts]
-        assert all(sum(size) <= budget or len(size) == 1 for size in sizes)
+        parts = source.parts(problem, budget, products)
+        assert [path for part in parts for path in range(*part)] == list(range(problem.paths))
+        for part in parts:
+            entries = (entry for group in problem.groups for entry in source._by_path(problem, group, part).values())
+            held = {(m, last) for some in entries for m, last, _ in some if products}
+            assert part[1] - part[0] + len(held) <= budget or part[1] - part[0] == 1
 
 
 @pytest.mark.parametrize("path", ["kernels", "reference"])
@@ -160,43 +186,47 @@ def test_gradcheck(path, device, request):
         device = torch.device("cpu")
     problem, species = problem_with(12, channels=2, dim_in=3, dim_out=2), [1, 0, 1]
     data, graph = operands(problem, species, 2, torch.float64, device), plan(species, 2, device)
-    inputs = (data["x"].requires_grad_(), data["coef"].requires_grad_())
+    inputs = (data["x"].requires_grad_(), data["w"].requires_grad_())
 
-    def apply(x, coef):
-        return symmetric_contraction(problem, x, coef, graph)
+    def apply(x, w):
+        return symmetric_contraction(problem, x, w, graph)
 
     assert torch.autograd.gradcheck(apply, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(apply, inputs, fast_mode=True)
 
 
-def test_force_training_makes_no_tangent_of_the_coefficients(device, monkeypatch):
+def test_force_training_makes_no_tangent_of_the_weights(device, monkeypatch):
     problem, species = problem_with(30), [1, 0, 1]
     data, graph = operands(problem, species, 2, torch.float64, device), plan(species, 2, device)
     tangents, run = [], kernels.grad_x
     monkeypatch.setattr(kernels, "grad_x", lambda *args: tangents.append(args[5:]) or run(*args))
-    x, coef = data["x"].requires_grad_(), data["coef"].requires_grad_()
-    energy = symmetric_contraction(problem, x, coef, graph).square().sum()
+    x, w = data["x"].requires_grad_(), data["w"].requires_grad_()
+    energy = symmetric_contraction(problem, x, w, graph).square().sum()
     (force,) = torch.autograd.grad(energy, x, create_graph=True)
-    torch.autograd.grad(force.square().sum(), coef)
+    torch.autograd.grad(force.square().sum(), w)
     assert [q for a, q in (pair for pair in tangents if pair)] == [None]
 
 
 def test_opcheck(device):
     problem, species = problem_with(12), [1, 0, 1]
     data, graph = operands(problem, species, 2, torch.float32, device), plan(species, 2, device)
-    x, coef, g = (data[key].requires_grad_() for key in ("x", "coef", "g"))
-    torch.library.opcheck(ops._fwd, (x, coef, *graph, problem.key))
-    torch.library.opcheck(ops._bwd, (g, x, coef, *graph, problem.key, True, True))
-    torch.library.opcheck(ops._bwd, (g, x, coef, *graph, problem.key, True, False))
+    x, w, g = (data[key].requires_grad_() for key in ("x", "w", "g"))
+    coef = combine(problem, w)
+    torch.library.opcheck(ops._combine, (w.detach(), graph.ptr, problem.key), test_utils=("test_schema",))
+    torch.library.opcheck(ops._fwd, (x, w, coef, *graph, problem.key))
+    torch.library.opcheck(ops._fwd, (x, None, coef, *graph, problem.key))
+    torch.library.opcheck(ops._bwd, (g, x, w, coef, *graph, problem.key, True, True))
+    torch.library.opcheck(ops._bwd, (g, x, w, coef, *graph, problem.key, True, False))
+    torch.library.opcheck(ops._bwd, (g, x, None, coef, *graph, problem.key, True, False))
 
 
 def test_strided_and_expanded_operands(device):
     problem, species = problem_with(30), [1, 0, 1, 1]
     data, graph = operands(problem, species, 2, torch.float32, device), plan(species, 2, device)
-    x, coef = data["x"].transpose(1, 2).contiguous().transpose(1, 2), data["coef"]
-    dense = symmetric_contraction(problem, data["x"], coef, graph)
+    x, coef = data["x"].transpose(1, 2).contiguous().transpose(1, 2), combine(problem, data["w"])
+    dense = symmetric_contraction(problem, data["x"], data["w"], graph)
     leaf = x.requires_grad_()
-    out = symmetric_contraction(problem, leaf, coef, graph)
+    out = symmetric_contraction(problem, leaf, None, graph, coef)
     assert torch.equal(out, dense)
     expanded = torch.autograd.grad(out.sum(), leaf, retain_graph=True)[0]
     assert torch.equal(expanded, torch.autograd.grad(out, leaf, torch.ones_like(out))[0])
@@ -205,117 +235,8 @@ def test_strided_and_expanded_operands(device):
 def test_the_same_bits_every_run(device):
     problem, species = problem_with(60), [0, 1, 2] * 20
     data, graph = operands(problem, species, 3, torch.float32, device), plan(species, 3, device)
-    runs = [kernels.grad_coef(problem, data["g"], data["x"], graph, torch.float32) for _ in range(2)]
+    runs = [kernels.grad_weights(problem, data["g"], data["x"], graph, torch.float32) for _ in range(2)]
     assert torch.equal(*runs)
-
-
-# ------------------------------------------------------------------------------------------------------- the module
-
-
-@pytest.fixture(
-    params=[(o, k, r) for o in OUTPUTS[:3] for k in (1, 2, 3) for r in (False, True)] + [(OUTPUTS[3], 2, True)]
-)
-def plain(request) -> PlainContraction:
-    """MACE's modules, FP64, four species."""
-    return build(*request.param)
-
-
-def build(outputs: str, correlation: int, reduced: bool, channels: int = 3, elements: int = 4) -> PlainContraction:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        irreps = (text.format(c=channels) for text in (INPUT, outputs))
-        return PlainContraction(*irreps, correlation, num_elements=elements, use_reduced_cg=reduced)
-    finally:
-        torch.set_default_dtype(before)
-
-
-def features(nodes: int = 6, channels: int = 3, elements: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    x = torch.randn(nodes, channels, 16, dtype=torch.float64, requires_grad=True)
-    return x, torch.nn.functional.one_hot(torch.arange(nodes) ** 2 % elements, elements).double()
-
-
-def test_module_is_mace_in_fp64(plain, reference_path):
-    ours, (x, y) = SymmetricContraction(plain, "ir_mul"), features()
-    want = plain(x, y)
-    dispatch.calls.clear()
-    got = convert_layout(ours(x, y), plain.irreps_out, "ir_mul", "mul_ir")
-    assert dispatch.calls["symmetric_contraction_fwd", "reference"] == 1
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-12 * float(want.abs().max()))
-    weights = [w for w in parameters_of(plain) if w.requires_grad]
-    g = torch.randn_like(want)
-    pairs = zip(*(torch.autograd.grad(out, (x, *weights), g, create_graph=True) for out in (got, want)), strict=True)
-    for mine, theirs in pairs:
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11 * float(want.abs().max()))
-
-
-def test_numbers_of_terms_are_those_of_the_design():
-    """94, 410 and 887: what is left of 28, 86 and 159 paths once products of features commute."""
-    counts = [len(problem_of(build(outputs, 3, False))[0].terms) for outputs in OUTPUTS[:3]]
-    assert counts == [94, 410, 887]
-    assert [len(problem_of(build(outputs, 3, True))[0].terms) for outputs in OUTPUTS[:3]] == counts
-
-
-def test_module_stays_maces_class():
-    before = build(OUTPUTS[1], 2, True)
-    ours, (x, y) = SymmetricContraction(before), features()
-    assert isinstance(ours, PlainContraction)
-    assert ours.state_dict().keys() == before.state_dict().keys()
-    want = before(x, y)
-    for other in (ours, pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours), ours.restore()):
-        torch.testing.assert_close(other(x, y), want)
-    assert type(ours.restore()) is PlainContraction
-    assert ours.restore().state_dict().keys() == before.state_dict().keys()
-    assert ours.float()(x.float(), y.float()).dtype == torch.float32
-
-
-def test_attributes_that_are_not_one_hot_go_maces_way():
-    before = build(OUTPUTS[1], 2, True)
-    ours, (x, y) = SymmetricContraction(before), features()
-    for attrs in (0.5 * y, y + torch.roll(y, 1, 1), torch.zeros_like(y)):
-        dispatch.calls.clear()
-        torch.testing.assert_close(ours(x, attrs), before(x, attrs))
-        assert not dispatch.calls
-    y[0] *= 3  # the same tensor, changed in place after it had been looked at
-    torch.testing.assert_close(ours(x, y), before(x, y))
-
-
-def test_agnostic_weights_do_not_ask_for_the_species():
-    before = build(OUTPUTS[1], 2, True, elements=1)
-    ours, (x, _) = SymmetricContraction(before, agnostic=True), features()
-    torch.testing.assert_close(ours(x, torch.ones(6, 1, dtype=torch.float64)), before(x, torch.ones(6, 1).double()))
-
-
-def test_coefficients_are_made_once_per_version(monkeypatch):
-    ours, made = SymmetricContraction(build(OUTPUTS[0], 2, True)).requires_grad_(False), []
-    combine = ours._combine
-    monkeypatch.setattr(ours, "_combine", lambda *args: made.append(1) or combine(*args))
-    first = ours.coefficients()
-    assert ours.coefficients() is first
-    with torch.no_grad():
-        parameters_of(ours)[0].add_(1.0)
-    assert not torch.equal(ours.coefficients(), first)
-    assert len(made) == 2
-    ours.requires_grad_(True)
-    assert ours.coefficients().requires_grad
-
-
-def test_module_compiles_into_one_graph(reference_path):
-    ours, (x, y) = SymmetricContraction(build(OUTPUTS[1], 2, True)), features()
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, y), ours(x, y))
-
-
-def test_reshape_is_a_view():
-    irreps = o3.Irreps(INPUT.format(c=3))
-    theirs = reshape_irreps(irreps)
-    ours, x = ReshapeIrreps(theirs), torch.randn(4, irreps.dim)
-    ir_mul = convert_layout(x, irreps, "mul_ir", "ir_mul")
-    assert torch.equal(ours(ir_mul), theirs(x))
-    assert ours(ir_mul).data_ptr() == ir_mul.data_ptr()
-    assert torch.equal(ours.restore()(x), theirs(x))
-    with pytest.raises(ValueError, match="reshape: 3x0e"):
-        ReshapeIrreps(reshape_irreps(o3.Irreps("3x0e+2x1o")))
 
 
 # ------------------------------------------------------------------------------------------------ species, bad input
@@ -340,17 +261,21 @@ def test_species_plan_sorts_and_remembers():
     ("change", "error", "words"),
     [
         ({"x": torch.zeros(3, 5, 4)}, ValueError, "x must have shape"),
+        ({"weights": torch.zeros(2, 1, 5)}, ValueError, "weights must have shape"),
+        ({"weights": torch.zeros(2, 7, 5, device="meta")}, ValueError, "weights is on meta"),
+        ({"weights": None}, ValueError, "weights: give them, or coef"),
         ({"coef": torch.zeros(2, 1, 5, 4)}, ValueError, "coef must have shape"),
+        ({"coef": torch.zeros(2, 4, 5, 4).double()}, TypeError, "coef must be torch.float32"),
         ({"plan": plan_of(torch.tensor([0, 1]), 2)}, ValueError, "plan: it was made for 2 nodes"),
         ({"x": torch.zeros(3, 4, 5, dtype=torch.int32)}, TypeError, "x must be float64"),
-        ({"x": torch.zeros(3, 4, 5, dtype=torch.float64)}, TypeError, "coef must be torch.float64"),
-        ({"x": torch.zeros(3, 4, 5, device="meta")}, ValueError, "coef is on cpu"),
+        ({"x": torch.zeros(3, 4, 5, dtype=torch.float64)}, TypeError, "weights must be torch.float64"),
+        ({"x": torch.zeros(3, 4, 5, device="meta")}, ValueError, "plan is on cpu"),
     ],
 )
 def test_bad_arguments_are_named(change, error, words):
     problem, cpu = problem_with(12), torch.device("cpu")
     data = operands(problem, [1, 0, 1], 2, torch.float32, cpu)
-    arguments = {"x": data["x"], "coef": data["coef"], "plan": plan([1, 0, 1], 2, cpu)} | change
+    arguments = {"x": data["x"], "weights": data["w"], "plan": plan([1, 0, 1], 2, cpu)} | change
     with pytest.raises(error, match=words):
         symmetric_contraction(problem, **arguments)
 
@@ -373,21 +298,45 @@ def test_bad_problems_are_named(terms, words):
         SymmetricContractionProblem(0, 4, 2, ())
 
 
-def test_modules_it_cannot_stand_in_for_are_refused():
-    with pytest.raises(TypeError, match="must be MACE's SymmetricContraction"):
-        SymmetricContraction(torch.nn.Linear(2, 2))
-    mixed = build(OUTPUTS[0], 1, True)
-    mixed.irreps_in = type(mixed.irreps_in)("3x0e+2x1o")
-    with pytest.raises(ValueError, match="one multiplicity everywhere"):
-        SymmetricContraction(mixed)
+@pytest.mark.parametrize(
+    ("paths", "table", "words"),
+    [
+        (2, (), "0 rows for 1 terms"),
+        (None, (((0, 1.0),),), "say how many"),
+        (2, (((2, 1.0),),), "paths within 0 .. 1"),
+        (2, (((0, 1.0), (0, 2.0)),), "twice"),
+    ],
+)
+def test_bad_tables_are_named(paths, table, words):
+    with pytest.raises(ValueError, match=words):
+        SymmetricContractionProblem(3, 4, 2, ((0, (0,)),), paths, table)
 
 
 # ---------------------------------------------------------------------------------------------------- without a GPU
 
 
-@pytest.mark.parametrize(("outputs", "target"), [(0, "sm_80"), (0, "sm_90"), (0, "gfx942"), (1, "sm_90")])
-def test_kernels_compile_without_spills(outputs, target):
-    problem, _ = problem_of(build(OUTPUTS[outputs], 3, True, channels=128, elements=1))
-    cases = kernels.offline_cases(problem, target, ("fp32",))
+@pytest.mark.parametrize(
+    ("shape", "target", "dtypes"),
+    [
+        ("small", "sm_80", ("fp32", "fp64")),
+        ("small", "sm_90", ("fp32", "fp64")),
+        ("small", "gfx942", ("fp32", "fp64")),
+        ("medium", "sm_90", ("fp32",)),
+        ("medium", "sm_90", ("fp64",)),
+    ],
+)
+def test_kernels_compile_without_spills(shape, target, dtypes):
+    problem = contraction_problem(shape, 128)
+    cases = kernels.offline_cases(problem, target, dtypes)
     for name, stats in offline.compile_cases(cases, target).items():
-        assert (stats.spills, stats.stack, stats.shared) == (0, 0, 0), (name, stats)
+        assert (stats.spills, stats.stack) == (0, 0), (name, stats)
+        # Only the sums over tiles cross threads; anywhere else it would be a layout that is converted.
+        assert stats.shared == 0 or "_sum" in name, (name, stats)
+
+
+def test_loops_carry_every_sum():
+    """Triton would drop a sum from its loop that it took for another one; the interpreter does not show that."""
+    problem = problem_with(40)
+    cases = [case for case in kernels.offline_cases(problem, "sm_90", ("fp32",)) if "_weights" in case.name]
+    found = [stats.carried for stats in offline.compile_cases(cases, "sm_90").values()]
+    assert found == [problem.paths] * 2

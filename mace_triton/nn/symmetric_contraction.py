@@ -9,19 +9,22 @@ from mace.modules import symmetric_contraction as mace_contraction
 from mace.modules.irreps_tools import reshape_irreps
 
 from ..layout import convert_layout
-from ..ops.graph import capturing
-from ..ops.species import one_species, present_species, species_plan
-from ..ops.symmetric_contraction import symmetric_contraction
+from ..ops.species import one_species, species_plan
+from ..ops.symmetric_contraction import combine, symmetric_contraction
 from ..problem import check_layout
-from ..symmetric_contraction_problem import PACK, SymmetricContractionProblem
+from ..symmetric_contraction_problem import SymmetricContractionProblem
 from .conv import take_state
 from .derived import Derived
 
 
-def problem_of(module: mace_contraction.SymmetricContraction) -> tuple[SymmetricContractionProblem, torch.Tensor]:
-    """The problem that a contraction poses, and the table [rows * PACK, P] that turns its weights into coefficients.
+def problem_of(
+    module: mace_contraction.SymmetricContraction,
+) -> tuple[SymmetricContractionProblem, torch.Tensor | None]:
+    """The problem that a contraction poses, and the matrix [paths, P], float64, that its weights are multiplied by.
 
-    P counts the weights of all outputs and correlations, in the order of `parameters_of`. The table is float64.
+    P counts the weights of all outputs and correlations, in the order of `parameters_of`. They are the weights of the
+    problem (no matrix, None) if their polynomials are independent. Those of MACE's original basis are not: of 159 paths
+    49 are left.
 
     Raises ValueError for weights from outside, slots of different multiplicities, and what the problem refuses.
     """
@@ -32,6 +35,17 @@ def problem_of(module: mace_contraction.SymmetricContraction) -> tuple[Symmetric
         raise ValueError(
             f"contraction: {module.irreps_in} -> {module.irreps_out} must have one multiplicity everywhere"
         )
+    terms, table = _terms_of(module)
+    double = module.contractions[0].weights_max.dtype == torch.float64
+    table, mix = _independent(table, 1e-12 if double else 1e-6)
+    rows = (row.nonzero().squeeze(1) for row in table)
+    sparse = tuple(tuple((int(k), float(row[k])) for k in kept) for kept, row in zip(rows, table, strict=True))
+    dims = [sum(ir.dim for _, ir in irreps) for irreps in (module.irreps_in, module.irreps_out)]
+    return SymmetricContractionProblem(channels.pop(), *dims, tuple(terms), table.shape[1], sparse), mix
+
+
+def _terms_of(module: mace_contraction.SymmetricContraction) -> tuple[list, torch.Tensor]:
+    """The terms, and the table [terms, P] that turns the weights into their coefficients."""
     blocks, first, columns = [], 0, 0
     for contraction, (_, ir) in zip(module.contractions, module.irreps_out, strict=True):
         for degree in _degrees(contraction):
@@ -41,13 +55,43 @@ def problem_of(module: mace_contraction.SymmetricContraction) -> tuple[Symmetric
             blocks += [((first + m, monomial), columns, row) for m, monomial, row in found if row.abs().max() > least]
             columns += u.shape[-1]
         first += ir.dim
-    dim_in = sum(ir.dim for _, ir in module.irreps_in)
-    problem = SymmetricContractionProblem(channels.pop(), dim_in, first, tuple(term for term, _, _ in blocks))
-    table = torch.zeros(problem.rows * PACK, columns, dtype=torch.float64)
-    place = {term: number for number, term in enumerate(problem.terms)}
-    for term, column, row in blocks:
-        table[place[term], column : column + len(row)] = row
-    return problem, table
+    table = torch.zeros(len(blocks), columns, dtype=torch.float64)
+    for place, (_, column, row) in enumerate(blocks):
+        table[place, column : column + len(row)] = row
+    if blocks:
+        table[table.abs() < 1e-6 * table.abs().max()] = 0
+    return [term for term, _, _ in blocks], table
+
+
+def _independent(table: torch.Tensor, tolerance: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(table', mix) with table = table' @ mix, table' of full rank; (table, None) if it is, or rounding hides it.
+
+    Gaussian elimination: mix has the rows of the pivots, so that table' has a one in each and is about as sparse as a
+    basis can be.
+    """
+    if not table.numel():
+        return table, None
+    rest, pivots = table.T.clone(), []
+    for place in range(len(table)):
+        row = len(pivots)
+        if row == len(rest):
+            return table, None
+        best = row + int(rest[row:, place].abs().argmax())
+        if rest[best, place].abs() < 1e-4:
+            continue
+        rest[[row, best]] = rest[[best, row]]
+        rest[row] /= rest[row, place].clone()
+        factors = rest[:, place].clone()
+        factors[row] = 0
+        rest -= factors[:, None] * rest[row]
+        pivots.append(place)
+    if len(pivots) == table.shape[1]:
+        return table, None
+    mix = table[pivots]
+    reduced = table @ torch.linalg.pinv(mix)
+    reduced[reduced.abs() < 1e-6] = 0
+    exact = (reduced @ mix - table).abs().max() <= tolerance * table.abs().max()
+    return (reduced, mix) if exact else (table, None)
 
 
 def _degrees(contraction: torch.nn.Module) -> range:
@@ -92,11 +136,11 @@ class SymmetricContraction(mace_contraction.SymmetricContraction):
         if type(module) is not mace_contraction.SymmetricContraction:
             raise TypeError(f"module must be MACE's SymmetricContraction, got {type(module).__name__}")
         check_layout(layout_out, "layout_out")
-        problem, table = problem_of(module)
+        problem, mix = problem_of(module)
         take_state(self, module)
         self.problem, self.layout_out, self.agnostic = problem, layout_out, agnostic
         weight = module.contractions[0].weights_max
-        self.register_buffer("table", table.to(weight.device, weight.dtype), persistent=False)
+        self.register_buffer("mix", None if mix is None else mix.to(weight.device, weight.dtype), persistent=False)
         self._coefficients = Derived()
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -104,30 +148,22 @@ class SymmetricContraction(mace_contraction.SymmetricContraction):
         plan = one_species(x.shape[0], x.device) if self.agnostic else species_plan(y)
         if plan is None:
             return convert_layout(super().forward(x, y), self.irreps_out, "mul_ir", self.layout_out)
-        weights = parameters_of(self)
-        if _trained(weights) and not (self.agnostic or torch.compiler.is_compiling() or capturing(x)):
-            plan, numbers = present_species(plan)  # of many species a batch has few
-            coefficients = self._combine(weights, numbers)
+        x, parameters = x.transpose(1, 2), parameters_of(self)
+        if torch.compiler.is_compiling() or _trained(parameters):
+            out = symmetric_contraction(self.problem, x, self._weights(parameters), plan)
         else:
-            coefficients = self._coefficients_of(weights)
-        out = symmetric_contraction(self.problem, x.transpose(1, 2), coefficients, plan)
+            out = symmetric_contraction(self.problem, x, None, plan, self.coefficients())
         return convert_layout(out.reshape(x.shape[0], -1), self.irreps_out, "ir_mul", self.layout_out)
 
     def coefficients(self) -> torch.Tensor:
-        """The coefficients [species, rows, C, PACK]; kept until a weight changes, unless gradients must flow."""
-        return self._coefficients_of(parameters_of(self))
+        """The coefficients [species, rows, C, PACK], without gradient; kept until a weight changes."""
+        parameters = parameters_of(self)
+        return self._coefficients.get(parameters, lambda: combine(self.problem, self._weights(parameters)))
 
-    def _coefficients_of(self, weights: list[torch.Tensor]) -> torch.Tensor:
-        if torch.compiler.is_compiling() or _trained(weights):
-            return self._combine(weights)
-        return self._coefficients.get(weights, lambda: self._combine(weights))
-
-    def _combine(self, weights: list[torch.Tensor], numbers: torch.Tensor | None = None) -> torch.Tensor:
-        """The coefficients of all species, or of those in `numbers`."""
-        packed = torch.cat(weights, dim=1)
-        terms = self.table @ (packed if numbers is None else packed[numbers])  # [species, rows * PACK, C]
-        terms = terms.reshape(terms.shape[0], self.problem.rows, PACK, self.problem.channels)
-        return terms.transpose(2, 3).contiguous()
+    def _weights(self, parameters: list[torch.Tensor]) -> torch.Tensor:
+        """The weights of the problem, [species, paths, C]."""
+        packed = torch.cat(parameters, dim=1)
+        return packed if self.mix is None else self.mix @ packed
 
     def restore(self) -> mace_contraction.SymmetricContraction:
         """MACE's module with the same tensors."""
@@ -136,7 +172,7 @@ class SymmetricContraction(mace_contraction.SymmetricContraction):
         take_state(module, self)
         for name in ("problem", "layout_out", "agnostic", "_coefficients"):
             del module.__dict__[name]
-        del module.table
+        del module.mix
         return module
 
 

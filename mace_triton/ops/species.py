@@ -51,29 +51,8 @@ def check_plan(plan: SpeciesPlan, x: torch.Tensor) -> None:
 def one_species(nodes: int, device: torch.device) -> SpeciesPlan:
     """The plan of nodes that are all alike."""
     perm = torch.arange(nodes, dtype=torch.int32, device=device)
-    return SpeciesPlan(torch.zeros_like(perm), perm, torch.tensor([0, nodes], dtype=torch.int32, device=device))
-
-
-_last_present: tuple | None = None
-
-
-def present_species(plan: SpeciesPlan) -> tuple[SpeciesPlan, torch.Tensor]:
-    """The plan of the species that occur alone, renumbered, and their old numbers [Z'].
-
-    Needs one synchronisation; the answer for the newest plan is kept.
-    """
-    global _last_present
-    if _last_present is None or _last_present[0] is not plan.ptr:
-        _last_present = (plan.ptr, _present(plan))
-    return _last_present[1]
-
-
-def _present(plan: SpeciesPlan) -> tuple[SpeciesPlan, torch.Tensor]:
-    numbers = plan.ptr.diff().nonzero().squeeze(1)
-    renumbered = torch.zeros(plan.count, dtype=torch.int32, device=plan.ptr.device)
-    renumbered[numbers] = torch.arange(len(numbers), dtype=torch.int32, device=plan.ptr.device)
-    species, ptr = renumbered[plan.species.long()], torch.cat((plan.ptr[:1], plan.ptr[numbers + 1]))
-    return SpeciesPlan(species, plan.perm, ptr), numbers
+    ptr = nodes * torch.arange(2, dtype=torch.int32, device=device)  # a CUDA graph cannot capture a copy from the host
+    return SpeciesPlan(torch.zeros_like(perm), perm, ptr)
 
 
 _last: tuple | None = None
