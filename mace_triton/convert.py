@@ -460,7 +460,8 @@ def _row(name: str, module: torch.nn.Module, conversion: Conversion | None, like
         runs = _runs("symmetric_contraction", module.contractions[0].weights_max)
         return Row(name, kind, runs, dtype, f"ir_mul -> {module.layout_out}")
     if isinstance(module, (EdgeHarmonics, EdgeRadial)):
-        return Row(name, kind, _runs("edge_embedding", like), dtype, "mul_ir")
+        kernel = "edge_harmonics" if isinstance(module, EdgeHarmonics) else "edge_radial"
+        return Row(name, kind, _runs(kernel, like), dtype, "mul_ir")
     reason = "not accelerated"
     if conversion is not None:
         reason = conversion.kept.get(name) or kept_reason(module) or "no kernel for this use of it"

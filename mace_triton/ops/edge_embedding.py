@@ -1,7 +1,7 @@
 """Spherical harmonics and radial features of edges as torch custom ops: forward, backward, double backward.
 
 Each derivative is an op of its own whose backward calls the next. GPU tensors (and, under Triton's interpreter, CPU
-tensors) run `kernels/edge_embedding.py`, others `reference_edge_embedding.py`.
+tensors) run `kernels/edge_harmonics.py` and `kernels/edge_radial.py`, others `reference_edge_embedding.py`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def _implementation(op: str, tensor: Tensor):
     dispatch.count(op, which)
     if which == "reference":
         return reference
-    from ..kernels import edge_embedding
+    from ..kernels import edge_harmonics, edge_radial
 
-    return edge_embedding
+    return edge_harmonics if op.startswith("edge_harmonics") else edge_radial
 
 
 @torch.library.custom_op("mace_triton::edge_harmonics", mutates_args=())
