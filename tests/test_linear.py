@@ -234,6 +234,23 @@ def test_summed_and_sliced_gradients(device):
     )
 
 
+@pytest.mark.parametrize("leaf", [True, False])
+def test_a_pass_for_x_alone_computes_no_gradient_of_the_weights(leaf, device):
+    problem = case("mace")
+    x, weight = (t for name, t in inputs(problem, 4, torch.float32, device).items() if name in ("x", "weight"))
+    out = linear(problem, x, weight if leaf else 2 * weight, mode="ieee").square().sum()
+
+    def runs(*wanted) -> int:
+        before = dispatch.calls["linear_grad_w", "triton"]
+        torch.autograd.grad(out, wanted, retain_graph=True)
+        return dispatch.calls["linear_grad_w", "triton"] - before
+
+    assert (runs(x), runs(x, weight), runs(weight)) == (0, 1, 1)
+    before = dispatch.calls["linear_grad_w", "triton"]
+    out.backward()
+    assert dispatch.calls["linear_grad_w", "triton"] == before + 1
+
+
 def test_vmap_over_autograd_grad(device):
     problem = case("chosen")
     data = inputs(problem, 2, torch.float64, device)

@@ -16,13 +16,13 @@ from .derived import Derived
 
 
 class RadialNet(nn.FullyConnectedNet):
-    """`e3nn.nn.FullyConnectedNet` with its last layer on the linear op and, in inference, its hidden layers fused.
+    """`e3nn.nn.FullyConnectedNet` with its last layer on the linear op and its hidden layers fused.
 
     It stays an e3nn FullyConnectedNet (same attributes, state dict and pickling) and shares the tensors of `net`.
     mode: operand precision of the hidden layers, as in `mace_triton.ops.linear.linear`; last_mode: of the last layer,
     `mode` where None. storage: "fp64", "fp32", "bf16" or "fp16", what the result is written in.
 
-    Where the hidden weights are trained, or have widths that `ops.radial_mlp` does not take, e3nn's layers run instead.
+    Hidden layers of widths that `ops.radial_mlp` does not take run as e3nn's.
     Raises TypeError when `net` is no plain FullyConnectedNet, ValueError for an unknown mode or storage, and for an
     activation of the last layer or other variances than e3nn's defaults.
     """
@@ -71,7 +71,7 @@ class RadialNet(nn.FullyConnectedNet):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Radial features x [E, width_in] -> the weights of conv_tp [E, width_out]."""
         *hidden, last = self.layers
-        if self.fused and not (torch.is_grad_enabled() and any(layer.weight.requires_grad for layer in hidden)):
+        if self.fused:
             x = radial_mlp(x, *self._hidden_weights(), norm=self.norm, mode=self.run_mode)
         else:
             for layer in hidden:
@@ -90,7 +90,7 @@ class RadialNet(nn.FullyConnectedNet):
     def _hidden_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The hidden layers' weights over the square root of their fan-in: [width_in, H] and [L - 1, H, H]."""
         weights = [layer.weight for layer in self.layers[:-1]]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(w.requires_grad for w in weights)):
             return _pack(weights)
         return self._packed.get(weights, lambda: _pack(weights))
 

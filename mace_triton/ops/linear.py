@@ -121,7 +121,8 @@ def _setup_linear(ctx, inputs, output):
 
 def _linear_backward(ctx, g):
     x, weight, weight_lowp = ctx.saved_tensors
-    need_x, need_weight, _, need_bias, need_residual = ctx.needs_input_grad[:5]
+    need_x, _, _, need_bias, need_residual = ctx.needs_input_grad[:5]
+    need_weight = dispatch.wanted(ctx, 1)
     wide = g.to(weight.dtype) if need_bias or need_residual else g
     return (
         _grad_x(g, weight, weight_lowp, *ctx.rest) if need_x else None,
@@ -141,7 +142,7 @@ def _setup_grad_x(ctx, inputs, output):
 
 def _grad_x_backward(ctx, a):
     grad, weight, weight_lowp = ctx.saved_tensors
-    need_grad, need_weight = ctx.needs_input_grad[:2]
+    need_grad, need_weight = ctx.needs_input_grad[0], dispatch.wanted(ctx, 1)
     return (
         _linear(a, weight, weight_lowp, None, None, *ctx.rest, ctx.stored) if need_grad else None,
         _grad_w(a, grad, *ctx.rest) if need_weight else None,

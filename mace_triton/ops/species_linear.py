@@ -97,7 +97,7 @@ def _setup_linear(ctx, inputs, output):
 
 def _linear_backward(ctx, g):
     x, weight, weight_lowp, *plan = ctx.saved_tensors
-    need_x, need_weight = ctx.needs_input_grad[:2]
+    need_x, need_weight = ctx.needs_input_grad[0], dispatch.wanted(ctx, 1)
     return (
         _grad_x(g, weight, weight_lowp, *plan, *ctx.rest) if need_x else None,
         _grad_w(x, g, *plan, *ctx.rest) if need_weight else None,
@@ -107,7 +107,7 @@ def _linear_backward(ctx, g):
 
 def _grad_x_backward(ctx, a):
     grad, weight, weight_lowp, *plan = ctx.saved_tensors
-    need_grad, need_weight = ctx.needs_input_grad[:2]
+    need_grad, need_weight = ctx.needs_input_grad[0], dispatch.wanted(ctx, 1)
     return (
         _linear(a, weight, weight_lowp, *plan, *ctx.rest) if need_grad else None,
         _grad_w(a, grad, *plan, *ctx.rest) if need_weight else None,

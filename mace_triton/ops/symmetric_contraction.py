@@ -134,7 +134,7 @@ def _setup_fwd(ctx, inputs, output):
 
 
 def _fwd_backward(ctx, g):
-    wrt_x, wrt_weights = ctx.needs_input_grad[:2]
+    wrt_x, wrt_weights = ctx.needs_input_grad[0], dispatch.wanted(ctx, 1)
     gx, gweights = _bwd(g, *ctx.saved_tensors, ctx.problem, wrt_x, wrt_weights)
     return gx if wrt_x else None, gweights if wrt_weights else None, *(None,) * 5
 
@@ -149,7 +149,7 @@ def _bwd_backward(ctx, a, q):
     g, x, weights, coef, *plan = ctx.saved_tensors
     a = a if ctx.wrt_x and a is not None else torch.zeros_like(x)
     q = q if ctx.wrt_weights else None
-    wrt_weights = ctx.needs_input_grad[2]
+    wrt_weights = dispatch.wanted(ctx, 2)
     dg, dx, dweights = _bwd_bwd(g, x, weights, coef, a, q, *plan, ctx.problem, wrt_weights)
     return dg, dx, dweights if wrt_weights else None, *(None,) * 7
 
