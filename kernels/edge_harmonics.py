@@ -140,10 +140,10 @@ def _unit(v):
 
 
 @triton.jit
-def _rows_of(edge, inside, DIM: tl.constexpr):
-    """Places [BLOCK_E, 16] of each edge's DIM harmonics, and whether they exist."""
-    column = tl.arange(0, 16)[None, :]
-    return edge.to(tl.int64)[:, None] * DIM + column, inside[:, None] & (column < DIM)
+def places(edge, inside, width, BLOCK: tl.constexpr):
+    """Places [BLOCK_E, BLOCK] of each edge's `width` numbers, and whether they exist."""
+    column = tl.arange(0, BLOCK)[None, :]
+    return edge.to(tl.int64)[:, None] * width + column, inside[:, None] & (column < width)
 
 
 @triton.jit
@@ -152,7 +152,7 @@ def _store_harmonics(ptr, edge, inside, y, DIM: tl.constexpr):
     y0, y1, y2, y3, y4, y5, y6, y7, y8, y9, y10, y11, y12, y13, y14, y15 = y
     even = tl.join(tl.join(tl.join(y0, y8), tl.join(y4, y12)), tl.join(tl.join(y2, y10), tl.join(y6, y14)))
     odd = tl.join(tl.join(tl.join(y1, y9), tl.join(y5, y13)), tl.join(tl.join(y3, y11), tl.join(y7, y15)))
-    place, mask = _rows_of(edge, inside, DIM)
+    place, mask = places(edge, inside, DIM, 16)
     tl.store(ptr + place, tl.reshape(tl.join(even, odd), place.shape), mask=mask)
 
 
@@ -168,7 +168,7 @@ def _split4(tile):
 @triton.jit
 def _load_harmonics(ptr, edge, inside, DIM: tl.constexpr):
     """The 16 numbers of each edge's row, zero beyond DIM."""
-    place, mask = _rows_of(edge, inside, DIM)
+    place, mask = places(edge, inside, DIM, 16)
     tile = tl.reshape(tl.load(ptr + place, mask=mask, other=0.0), (place.shape[0], 2, 2, 2, 2))
     even, odd = tl.split(tile)
     even0, even1 = tl.split(even)  # columns 0, 4, 8, 12 and 2, 6, 10, 14

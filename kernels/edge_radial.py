@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .edge_harmonics import edges_of, run
+from .edge_harmonics import edges_of, places, run
 from .products import exp
 
 
@@ -174,13 +174,6 @@ def _radial(r_ptr, radius_ptr, index_ptr, basis_ptr, constants_ptr, edge, inside
     return f, f1, f2, c, c1 * moves, c2 * moves
 
 
-@triton.jit
-def _places(edge, inside, width, BLOCK_K: tl.constexpr):
-    """Places [BLOCK_E, BLOCK_K] of each edge's features, and whether they exist."""
-    column = tl.arange(0, BLOCK_K)[None, :]
-    return edge.to(tl.int64)[:, None] * width + column, inside[:, None] & (column < width)
-
-
 @triton.jit(do_not_specialize=["n_edges"])
 def edge_radial_fwd_kernel(
     r_ptr,  # [n_edges]
@@ -201,7 +194,7 @@ def edge_radial_fwd_kernel(
     edge, inside = edges_of(n_edges, BLOCK_E)
     f, _, _, c, _, _ = _radial(r_ptr, radius_ptr, index_ptr, basis_ptr, constants_ptr, edge, inside, n_edges, width,
                                BASIS, TRANSFORM, CUT, BLOCK_K)  # fmt: skip
-    place, mask = _places(edge, inside, width, BLOCK_K)
+    place, mask = places(edge, inside, width, BLOCK_K)
     tl.store(f_ptr + place, f, mask=mask)
     if not CUT:
         tl.store(c_ptr + edge, c, mask=inside)
@@ -228,7 +221,7 @@ def edge_radial_bwd_kernel(
     edge, inside = edges_of(n_edges, BLOCK_E)
     _, f1, _, _, c1, _ = _radial(r_ptr, radius_ptr, index_ptr, basis_ptr, constants_ptr, edge, inside, n_edges, width,
                                  BASIS, TRANSFORM, CUT, BLOCK_K)  # fmt: skip
-    place, mask = _places(edge, inside, width, BLOCK_K)
+    place, mask = places(edge, inside, width, BLOCK_K)
     gr = tl.sum(tl.where(mask, f1, 0.0) * tl.load(g_ptr + place, mask=mask, other=0.0), axis=1)
     if not CUT:
         gr += c1 * tl.load(gc_ptr + edge, mask=inside, other=0.0)
@@ -259,7 +252,7 @@ def edge_radial_bwd_bwd_kernel(
     edge, inside = edges_of(n_edges, BLOCK_E)
     _, f1, f2, _, c1, c2 = _radial(r_ptr, radius_ptr, index_ptr, basis_ptr, constants_ptr, edge, inside, n_edges,
                                    width, BASIS, TRANSFORM, CUT, BLOCK_K)  # fmt: skip
-    place, mask = _places(edge, inside, width, BLOCK_K)
+    place, mask = places(edge, inside, width, BLOCK_K)
     a = tl.load(a_ptr + edge, mask=inside, other=0.0)
     tl.store(dg_ptr + place, a[:, None] * f1, mask=mask)
     dr = tl.sum(tl.where(mask, f2, 0.0) * tl.load(g_ptr + place, mask=mask, other=0.0), axis=1)

@@ -14,7 +14,6 @@ Operands are rounded in registers to the mode ("bf16", "fp16", "tf32", "tf32x3",
 from __future__ import annotations
 
 import math
-import os
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ import triton
 import triton.language as tl
 
 from . import linear_scalars, tiles
-from .products import dot, find_group, load_rows, load_weights, row_places, store_rows
+from .products import dot, find_group, interpreting, load_rows, load_weights, row_places, store_rows
 
 
 @triton.jit(do_not_specialize=["n_nodes"])
@@ -151,10 +150,6 @@ class _Plan(NamedTuple):
     constants: dict
 
 
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
 def supported(mode: str) -> str:
     """AMD has FP32 matrix instructions and no 3xTF32: exact FP32 stands in for the tf32 modes there."""
     return "ieee" if torch.version.hip and mode.startswith("tf32") else mode
@@ -212,7 +207,7 @@ def _map_plan(problem, transposed: bool, mode: str, scale: float, device: torch.
         "EVEN_K": all(s.mul % block_k == 0 for s in segments),
         "EVEN_N": all(g.mul % block_n == 0 for g in groups),
         "ALIGN": _align(*(n for s in segments for n in s), *(n for g in groups for n in (g.offset, g.mul))),
-        "INTERPRET": _interpreting(),
+        "INTERPRET": interpreting(),
         "LANES": min(tile["LANES"], block_k, block_n),
         "BLOCK_M": tile["BLOCK_M"],
         "BLOCK_N": block_n,
@@ -243,7 +238,7 @@ def _wgrad_plan(problem, mode: str, scale: float, device: torch.device, tile: ti
         "MODE": supported(mode),
         "EVEN": all(row[1] % block_u == 0 and row[4] % block_w == 0 for row in rows),
         "ALIGN": _align(*numbers),
-        "INTERPRET": _interpreting(),
+        "INTERPRET": interpreting(),
         "LANES": min(tile["LANES"], block_u, block_w),
         "BLOCK_R": tile["BLOCK_R"],
         "BLOCK_U": block_u,

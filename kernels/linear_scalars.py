@@ -11,7 +11,6 @@ For "tf32x3" W comes as W' + W'' (see `products.dot`), split by a kernel of its 
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 
 import torch
@@ -19,7 +18,7 @@ import triton
 import triton.language as tl
 
 from . import tiles
-from .products import dot_tf32, round_tf32
+from .products import dot_tf32, interpreting, round_tf32
 
 MODES = ("tf32x3", "tf32", "bf16", "fp16")
 WIDTHS = (16, 32, 64, 128)
@@ -171,10 +170,9 @@ def _operand(weight: torch.Tensor, mode: str) -> torch.Tensor:
 
 
 def _constants(problem, mode: str, tile: tiles.Tile) -> dict:
-    interpret = os.environ.get("TRITON_INTERPRET", "0") == "1"
     launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     blocks = {name: tile[name] for name in ("BLOCK_M", "BLOCK_N")}
-    return {"MODE": mode, "INTERPRET": interpret, "K": problem.dim_in} | blocks | launch
+    return {"MODE": mode, "INTERPRET": interpreting(), "K": problem.dim_in} | blocks | launch
 
 
 def forward(problem, x, weight, bias, mode: str, scale: float, out_dtype: torch.dtype) -> torch.Tensor:

@@ -13,14 +13,13 @@ result it writes z_1 .. z_{L-1}, for the backward pass, which has the cotangent 
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 
 from . import tiles
 from .linear import supported
+from .products import interpreting
 from .radial_mlp import hidden_weights, layer, rows_of, sigmoid
 
 
@@ -133,7 +132,7 @@ def _launch(kernel, op: str, tensors: tuple[torch.Tensor, ...], gain: torch.Tens
             LAYERS=layers,
             HIDDEN=hidden,
             MODE=mode,
-            INTERPRET=os.environ.get("TRITON_INTERPRET", "0") == "1",
+            INTERPRET=interpreting(),
             BLOCK_E=tile["BLOCK_E"],
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,

@@ -6,8 +6,15 @@ node, which lie side by side in memory. With 32 lanes along the channels it woul
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels, whose products need care (see `dot`)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @triton.jit

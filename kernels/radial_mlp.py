@@ -23,15 +23,13 @@ network's last layer runs, the one without activation.
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 
 from . import tiles
 from .linear import supported
-from .products import dot, exp
+from .products import dot, exp, interpreting
 
 
 @triton.jit
@@ -256,7 +254,7 @@ def _launch(kernel, op: str, edges: int, tensors: tuple, first, hidden, norm: fl
             HIDDEN=first.shape[1],
             BLOCK_IN=max(16, triton.next_power_of_2(first.shape[0])),
             MODE=mode,
-            INTERPRET=os.environ.get("TRITON_INTERPRET", "0") == "1",
+            INTERPRET=interpreting(),
             BLOCK_E=tile["BLOCK_E"],
             **constants,
             num_warps=tile.num_warps,

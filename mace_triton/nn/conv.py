@@ -89,12 +89,7 @@ class ConvTP(o3.TensorProduct):
 
     def restore(self) -> o3.TensorProduct:
         """The plain e3nn module with the same tensors; it expects and gives mul_ir."""
-        tp = o3.TensorProduct.__new__(o3.TensorProduct)
-        torch.nn.Module.__init__(tp)
-        take_state(tp, self)
-        for name in ("problem", "storage", "deterministic"):
-            del tp.__dict__[name]
-        return tp
+        return as_plain(o3.TensorProduct, self, "problem", "storage", "deterministic")
 
 
 def take_state(target: torch.nn.Module, source: torch.nn.Module) -> None:
@@ -102,3 +97,13 @@ def take_state(target: torch.nn.Module, source: torch.nn.Module) -> None:
     # e3nn's compiled code carries the Clebsch-Gordan buffers that are part of the state dict, so all of it moves along.
     for name, value in source.__dict__.items():
         target.__dict__[name] = value.copy() if name in ("_modules", "_parameters", "_buffers") else value
+
+
+def as_plain(kind: type, module: torch.nn.Module, *own: str) -> torch.nn.Module:
+    """A module of class `kind` with the state of `module`, less the attributes `own` that only ours has."""
+    plain = kind.__new__(kind)
+    torch.nn.Module.__init__(plain)
+    take_state(plain, module)
+    for name in own:
+        delattr(plain, name)
+    return plain

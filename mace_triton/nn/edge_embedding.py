@@ -8,7 +8,7 @@ from e3nn import o3
 from mace.modules import blocks, radial
 
 from ..ops.edge_embedding import LMAX, edge_harmonics, edge_radial
-from .conv import take_state
+from .conv import as_plain, take_state
 from .derived import Derived
 
 BASES = {
@@ -41,10 +41,7 @@ class EdgeHarmonics(o3.SphericalHarmonics):
 
     def restore(self) -> o3.SphericalHarmonics:
         """e3nn's module."""
-        module = o3.SphericalHarmonics.__new__(o3.SphericalHarmonics)
-        torch.nn.Module.__init__(module)
-        take_state(module, self)
-        return module
+        return as_plain(o3.SphericalHarmonics, self)
 
 
 def check_harmonics(module: o3.SphericalHarmonics) -> None:
@@ -83,23 +80,17 @@ class EdgeRadial(blocks.RadialEmbeddingBlock):
         radius = None
         if transform != "none":
             radius = self.distance_transform.covalent_radii[atomic_numbers[node_attrs.argmax(dim=1)]]
-        numbers = _numbers(self)
         if torch.compiler.is_compiling():
-            constants = _pack(numbers)
+            constants = _pack(self)
         else:
-            constants = self._constants.get(numbers, lambda: _pack(numbers))
+            constants = self._constants.get(list(self.buffers()), lambda: _pack(self))
         basis = getattr(self.bessel_fn, BASES[type(self.bessel_fn)][1]).reshape(-1)
         options = {"kind": kind, "transform": transform, "cut": cut, "radius": radius, "edge_index": edge_index}
         return edge_radial(edge_lengths, basis, constants, **options)
 
     def restore(self) -> blocks.RadialEmbeddingBlock:
         """MACE's module with the same buffers."""
-        module = blocks.RadialEmbeddingBlock.__new__(blocks.RadialEmbeddingBlock)
-        torch.nn.Module.__init__(module)
-        take_state(module, self)
-        for name in ("kinds", "_constants"):
-            del module.__dict__[name]
-        return module
+        return as_plain(blocks.RadialEmbeddingBlock, self, "kinds", "_constants")
 
 
 def kinds_of(module: blocks.RadialEmbeddingBlock) -> tuple[str, str, bool]:
@@ -120,18 +111,13 @@ def kinds_of(module: blocks.RadialEmbeddingBlock) -> tuple[str, str, bool]:
     return BASES[type(basis)][0], word, bool(getattr(module, "apply_cutoff", True))
 
 
-def _numbers(module: blocks.RadialEmbeddingBlock) -> list[torch.Tensor]:
-    """The buffers behind the op's constants: r_max, p, the basis' factor, then those of the transform."""
+def _pack(module: blocks.RadialEmbeddingBlock) -> torch.Tensor:
+    """The op's constants [6] float64: r_max, p, the basis' factor, then those of the transform."""
     basis, cutoff = module.bessel_fn, module.cutoff_fn
     factor = getattr(basis, "prefactor", None)
-    if factor is None:
+    if factor is None:  # a plain number, or none at all
         factor = cutoff.r_max.new_full((), getattr(basis, "coeff", 0.0), dtype=torch.float64)
     transform = getattr(module, "distance_transform", None)
     rest = [] if transform is None else [getattr(transform, name) for name in TRANSFORMS[type(transform)][1]]
-    return [cutoff.r_max, cutoff.p, factor, *rest]
-
-
-def _pack(numbers: list[torch.Tensor]) -> torch.Tensor:
-    """[6] float64."""
-    packed = torch.stack([number.double().reshape(()) for number in numbers])
-    return torch.nn.functional.pad(packed, (0, 6 - len(numbers)))
+    packed = torch.stack([number.double().reshape(()) for number in (cutoff.r_max, cutoff.p, factor, *rest)])
+    return torch.nn.functional.pad(packed, (0, 6 - len(packed)))

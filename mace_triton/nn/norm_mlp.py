@@ -10,7 +10,7 @@ from ..linear_problem import LinearProblem
 from ..ops.linear import linear, lowp_weight
 from ..ops.norm_mlp import WIDTHS, norm_mlp
 from ..precision import LINEAR_MODES, mode_for
-from .conv import take_state
+from .conv import as_plain, take_state
 from .derived import Derived
 
 
@@ -80,12 +80,7 @@ class NormNet(RadialMLP):
 
     def restore(self) -> RadialMLP:
         """MACE's module with the same tensors."""
-        net = RadialMLP.__new__(RadialMLP)
-        torch.nn.Module.__init__(net)
-        take_state(net, self)
-        for name in ("problems", "mode", "last_mode", "_packed", "_first", "_last"):
-            del net.__dict__[name]
-        return net
+        return as_plain(RadialMLP, self, "problems", "mode", "last_mode", "_packed", "_first", "_last")
 
 
 def _linear(layer: torch.nn.Linear, problem: LinearProblem, x: torch.Tensor, mode: str, kept: Derived) -> torch.Tensor:

@@ -11,7 +11,7 @@ from ..linear_problem import LinearProblem
 from ..ops.linear import linear, lowp_weight
 from ..ops.radial_mlp import MAX_IN, WIDTHS, radial_mlp
 from ..precision import LINEAR_MODES, STORAGE, TORCH_DTYPES, mode_for, storage_for
-from .conv import take_state
+from .conv import as_plain, take_state
 from .derived import Derived
 
 
@@ -96,12 +96,9 @@ class RadialNet(nn.FullyConnectedNet):
 
     def restore(self) -> nn.FullyConnectedNet:
         """The plain e3nn network with the same tensors."""
-        net = nn.FullyConnectedNet.__new__(nn.FullyConnectedNet)
-        torch.nn.Module.__init__(net)
-        take_state(net, self)
-        for name in ("problem", "norm", "mode", "last_mode", "storage", "_packed", "_last_copy"):
-            del net.__dict__[name]
-        return net
+        return as_plain(
+            nn.FullyConnectedNet, self, "problem", "norm", "mode", "last_mode", "storage", "_packed", "_last_copy"
+        )
 
 
 def _pack(weights: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ from ..ops.linear import lowp_weight
 from ..ops.species import species_plan
 from ..ops.species_linear import species_linear
 from ..precision import LINEAR_MODES, mode_for
-from .conv import take_state
+from .conv import as_plain, take_state
 from .derived import Derived
 
 
@@ -103,9 +103,6 @@ class SpeciesLinear(o3.FullyConnectedTensorProduct):
 
     def restore(self) -> o3.FullyConnectedTensorProduct:
         """The plain e3nn module with the same tensors; it expects and gives mul_ir."""
-        tp = o3.FullyConnectedTensorProduct.__new__(o3.FullyConnectedTensorProduct)
-        torch.nn.Module.__init__(tp)
-        take_state(tp, self)
-        for name in ("problem", "scale", "mode", "species", "_weights", "_lowp"):
-            del tp.__dict__[name]
-        return tp
+        return as_plain(
+            o3.FullyConnectedTensorProduct, self, "problem", "scale", "mode", "species", "_weights", "_lowp"
+        )

@@ -13,7 +13,7 @@ from ..ops.species import one_species, species_plan
 from ..ops.symmetric_contraction import combine, symmetric_contraction
 from ..problem import check_layout
 from ..symmetric_contraction_problem import SymmetricContractionProblem
-from .conv import take_state
+from .conv import as_plain, take_state
 from .derived import Derived
 
 
@@ -167,13 +167,9 @@ class SymmetricContraction(mace_contraction.SymmetricContraction):
 
     def restore(self) -> mace_contraction.SymmetricContraction:
         """MACE's module with the same tensors."""
-        module = mace_contraction.SymmetricContraction.__new__(mace_contraction.SymmetricContraction)
-        torch.nn.Module.__init__(module)
-        take_state(module, self)
-        for name in ("problem", "layout_out", "agnostic", "_coefficients"):
-            del module.__dict__[name]
-        del module.mix
-        return module
+        return as_plain(
+            mace_contraction.SymmetricContraction, self, "problem", "layout_out", "agnostic", "_coefficients", "mix"
+        )
 
 
 class ReshapeIrreps(reshape_irreps):

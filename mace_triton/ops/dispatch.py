@@ -21,15 +21,15 @@ def backend(tensor: torch.Tensor) -> str:
     return "triton" if tensor.is_cuda or interpreting() else "reference"
 
 
-def wanted(ctx, argument: int, place: int | None = None) -> bool:
-    """Whether this backward pass leads on to an argument's gradient; place: its number among the tensor arguments.
+def wanted(ctx, argument: int) -> bool:
+    """Whether this backward pass leads on to an argument's gradient; all arguments before it must be tensors.
 
     `needs_input_grad` only tells whether some pass might: forces are asked for while the weights require gradients.
     """
     if not ctx.needs_input_grad[argument]:
         return False
     try:
-        node = ctx.next_functions[argument if place is None else place][0]
+        node = ctx.next_functions[argument][0]
         return torch._C._will_engine_execute_node(node)
     except (AttributeError, IndexError, RuntimeError, TypeError):
         return True  # a leaf that the pass was asked for, or an autograd that keeps no such list

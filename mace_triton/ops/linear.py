@@ -73,7 +73,7 @@ def _linear(
     spec, which, out_dtype = LinearProblem.from_key(problem), dispatch.backend(x), out_dtype or weight.dtype
     dispatch.count("linear_fwd", which)
     if which == "reference":
-        return reference.linear(spec, x.to(weight.dtype), weight, mode, bias, residual, scale).to(out_dtype)
+        return reference.linear(spec, x, weight, mode, bias, residual, scale).to(out_dtype)
     weight = _kernel_weight(spec, weight, weight_lowp, mode)
     bias, residual = (t if t is None else t.contiguous() for t in (bias, residual))
     return _kernels().forward(spec, x.contiguous(), weight, bias, residual, mode, scale, out_dtype)
