@@ -231,7 +231,7 @@ def radial_mlp_bwd_bwd_kernel(
 
 
 def _operands(op: str, mode: str, arch: str) -> str:
-    """Plain FP32 stands in for 3xTF32 but in the backward passes on Hopper, where it is four times faster.
+    """Plain FP32 stands in for 3xTF32 but in the backward passes on Hopper, where matrix units run it.
 
     Sums of at most 64 products are more exact in plain FP32. Rounding in the forward pass moves all that follows, that
     of the gradient itself does not. Elsewhere than on Hopper 3xTF32 spills registers.
