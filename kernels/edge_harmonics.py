@@ -112,7 +112,7 @@ def _tangential(a, n):
 
 
 @triton.jit
-def _load_vector(ptr, edge, inside):
+def load_vector(ptr, edge, inside):
     """The components of each edge's vector, zero outside."""
     at = ptr + edge.to(tl.int64) * 3
     x, y = tl.load(at, mask=inside, other=0.0), tl.load(at + 1, mask=inside, other=0.0)
@@ -120,7 +120,7 @@ def _load_vector(ptr, edge, inside):
 
 
 @triton.jit
-def _store_vector(ptr, edge, inside, v):
+def store_vector(ptr, edge, inside, v):
     at = ptr + edge.to(tl.int64) * 3
     tl.store(at, v[0], mask=inside)
     tl.store(at + 1, v[1], mask=inside)
@@ -197,7 +197,7 @@ def edge_harmonics_fwd_kernel(
 ):
     SQRT3: tl.constexpr = 3.0**0.5
     edge, inside = edges_of(n_edges, BLOCK_E)
-    n, _ = _unit(_load_vector(v_ptr, edge, inside))
+    n, _ = _unit(load_vector(v_ptr, edge, inside))
     q = _products(n)
     one = tl.full(n[0].shape, 1.0, n[0].dtype)
     first = _scaled(n, SQRT3)
@@ -222,9 +222,9 @@ def edge_harmonics_bwd_kernel(
     BLOCK_E: tl.constexpr,
 ):
     edge, inside = edges_of(n_edges, BLOCK_E)
-    n, inverse = _unit(_load_vector(v_ptr, edge, inside))
+    n, inverse = _unit(load_vector(v_ptr, edge, inside))
     by_n = _gradient(_load_harmonics(g_ptr, edge, inside, DIM), n, _products(n))
-    _store_vector(gv_ptr, edge, inside, _scaled(_tangential(by_n, n), inverse))
+    store_vector(gv_ptr, edge, inside, _scaled(_tangential(by_n, n), inverse))
 
 
 @triton.jit(do_not_specialize=["n_edges"])
@@ -240,8 +240,8 @@ def edge_harmonics_bwd_bwd_kernel(
 ):
     SQRT3: tl.constexpr = 3.0**0.5
     edge, inside = edges_of(n_edges, BLOCK_E)
-    n, inverse = _unit(_load_vector(v_ptr, edge, inside))
-    a = _load_vector(a_ptr, edge, inside)
+    n, inverse = _unit(load_vector(v_ptr, edge, inside))
+    a = load_vector(a_ptr, edge, inside)
     d = _scaled(_tangential(a, n), inverse)
     q, dq = _products(n), _d_products(n, d)
     s0, s1, s2, s3, s4, s5, s6 = _third(d, q)
@@ -256,7 +256,7 @@ def edge_harmonics_bwd_bwd_kernel(
     along, d_along = _dot(n, by_n), _dot(d, by_n) + _dot(n, d_by_n)
     gv = _scaled(_tangential(by_n, n), inverse * _dot(n, a))
     dv = _add(d_by_n, _scaled(_add(_add(_scaled(d, along), _scaled(n, d_along)), gv), -1.0))
-    _store_vector(dv_ptr, edge, inside, _scaled(dv, inverse))
+    store_vector(dv_ptr, edge, inside, _scaled(dv, inverse))
 
 
 def harmonics(v: torch.Tensor, dim: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ For "tf32x3" W comes as W' + W'' (see `products.dot`), split by a kernel of its 
 
 from __future__ import annotations
 
+import itertools
 from functools import lru_cache
 
 import torch
@@ -181,7 +182,7 @@ def forward(problem, x, weight, bias, mode: str, scale: float, out_dtype: torch.
     out = torch.empty(rows, width, dtype=out_dtype, device=x.device)
     if out.numel() == 0:
         return out
-    tile = tiles.choose("linear_scalars_fwd", mode=mode, width=width, rows=rows)
+    tile = tiles.choose("linear_scalars_fwd", mode=mode, narrow=problem.dim_in, width=width, rows=rows)
     columns = triton.cdiv(width, tile["BLOCK_N"])
     walkers = max(1, tile["PER_PROCESSOR"] * _processors(x.device) // columns)
     grid = (min(walkers, triton.cdiv(rows, tile["BLOCK_M"])), columns)
@@ -207,7 +208,7 @@ def grad_x(problem, grad: torch.Tensor, weight: torch.Tensor, mode: str, scale: 
     gx = torch.empty(rows, problem.dim_in, dtype=torch.float32, device=grad.device)
     if gx.numel() == 0:
         return gx
-    tile = tiles.choose("linear_scalars_bwd", mode=mode, width=width, rows=rows)
+    tile = tiles.choose("linear_scalars_bwd", mode=mode, narrow=problem.dim_in, width=width, rows=rows)
     weight, factor = _operand(weight, mode), scale * problem.blocks[0].alpha
     with torch.cuda.device_of(grad):
         linear_scalars_bwd_kernel[(triton.cdiv(rows, tile["BLOCK_M"]),)](
@@ -217,22 +218,23 @@ def grad_x(problem, grad: torch.Tensor, weight: torch.Tensor, mode: str, scale: 
 
 
 def offline_cases(target: str = "sm_90") -> list:
-    """Specialisations for `offline.compile_cases`: 64 scalars to 1280, the tiles in use. None on AMD."""
+    """Specialisations for `offline.compile_cases`: 64 and 128 scalars to 1280, the tiles in use. None on AMD."""
     from .offline import Case
 
     cases = []
-    for mode in () if target.startswith("gfx") else MODES:
+    for mode, narrow in itertools.product(() if target.startswith("gfx") else MODES, (64, 128)):
         low = {"bf16": "*bf16", "fp16": "*fp16"}.get(mode, "*fp32")
         for op, wide in (("fwd", "out_ptr"), ("bwd", "g_ptr")):
             for stored in ("*fp32", low) if low != "*fp32" else (low,):
-                tile = tiles.choose(f"linear_scalars_{op}", arch=target, mode=mode, width=1280, rows=129470)
+                call = {"mode": mode, "narrow": narrow, "width": 1280, "rows": 129470}
+                tile = tiles.choose(f"linear_scalars_{op}", arch=target, **call)
                 pointers = {"x_ptr": "*fp32", "bias_ptr": "*fp32"} if op == "fwd" else {"gx_ptr": "*fp32"}
                 pointers |= {"w_ptr": low, wide: stored}
                 signature = pointers | {"rows": "i32", "width": "i32", "scale": "fp32"}
-                constants = {"MODE": mode, "INTERPRET": False, "K": 64}
+                constants = {"MODE": mode, "INTERPRET": False, "K": narrow}
                 constants |= {name: tile[name] for name in ("BLOCK_M", "BLOCK_N")}
                 constants |= {"HAS_BIAS": False} if op == "fwd" else {}
                 launch = (constants, tile.num_warps, tile.num_stages, (*pointers, "width"))
-                title = f"linear_scalars_{op} {mode} {stored[1:]}"
+                title = f"linear_scalars_{op} {mode} {stored[1:]} from {narrow}"
                 cases.append(Case(title, "linear_scalars", f"linear_scalars_{op}_kernel", signature, *launch))
     return cases

@@ -165,7 +165,8 @@ def _run_map(problem, op: str, write, inputs: tuple[torch.Tensor, ...], x, coef,
     if out.numel() == 0:
         return out
     op += "" if a is None else "_tangent"
-    tile = tiles.choose(op, dtype=tiles.TAGS[x.dtype], terms=len(problem.terms), nodes=nodes)
+    call = {"dtype": tiles.TAGS[x.dtype], "terms": len(problem.terms), "nodes": nodes, "channels": problem.channels}
+    tile = tiles.choose(op, **call)
     kernel = _kernel(write, problem, _ptx(x), a is not None, q is not None)
     tangents = [t for t in (a, q) if t is not None]
     tensors = (*inputs, x, coef, *tangents, out, plan.perm, plan.ptr)
@@ -218,7 +219,8 @@ def offline_cases(problem, target: str = "sm_90", dtypes: tuple[str, ...] = ("fp
     """
     cases, ptx = [], target.startswith("sm_")
     for dtype in dtypes:
-        call = {"dtype": dtype, "terms": len(problem.terms), "nodes": 1536, "arch": target}
+        call = {"dtype": dtype, "terms": len(problem.terms), "nodes": 1536, "channels": problem.channels}
+        call["arch"] = target
         for tangent in (False, True):
             word = "_tangent" if tangent else ""
             for op, write in (("fwd", source.forward_source), ("bwd", source.backward_source)):

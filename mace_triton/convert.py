@@ -19,6 +19,7 @@ from mace.modules.symmetric_contraction import SymmetricContraction as PlainCont
 
 from .coverage import HOSTS, foreign_reason, kept_reason
 from .linear_problem import LinearProblem
+from .nn import edge_vectors
 from .nn.conv import ConvTP, problem_of
 from .nn.edge_embedding import EdgeHarmonics, EdgeRadial, check_harmonics, kinds_of
 from .nn.linear import IrrepsLinear
@@ -159,6 +160,8 @@ def accelerate(
     if strict and conversion.kept:
         lines = "\n".join(f"  {name}: {reason}" for name, reason in conversion.kept.items())
         raise ValueError(f"strict=True: these modules have a kernel but cannot use it\n{lines}")
+    if not deterministic:
+        edge_vectors.attach(fast)
     fast.mace_triton = conversion
     return fast
 
@@ -175,6 +178,7 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
         for name, module in list(plain.named_modules()):
             if isinstance(module, _OURS):
                 _swap(plain, name, module.restore())
+    edge_vectors.detach(plain)
     plain.__dict__.pop("mace_triton", None)
     return plain
 
@@ -188,6 +192,8 @@ def report(model: torch.nn.Module) -> Report:
     conversion = getattr(model, "mace_triton", None)
     like = next(model.parameters())
     rows = [_row(name, module, conversion, like) for name, module in _blocks(model)]
+    if conversion is not None:
+        rows.insert(0, _vectors_row(model, like))
     name = type(model).__name__
     if conversion is None:
         return Report(f"{name}: plain MACE, not accelerated", tuple(rows))
@@ -466,6 +472,13 @@ def _row(name: str, module: torch.nn.Module, conversion: Conversion | None, like
     if conversion is not None:
         reason = conversion.kept.get(name) or kept_reason(module) or "no kernel for this use of it"
     return Row(name, kind, f"MACE's own code: {reason}", dtype, "mul_ir")
+
+
+def _vectors_row(model: torch.nn.Module, like: torch.Tensor) -> Row:
+    """The row of the edge vectors, for which MACE has a function and no module."""
+    attached = edge_vectors.attached(model)
+    runs = _runs("edge_vectors", like) if attached else "MACE's own code: its sum over edges keeps their order"
+    return Row("edge vectors", edge_vectors.NAME, runs, str(like.dtype).removeprefix("torch."), "mul_ir")
 
 
 def _network(module: RadialNet | NormNet, kernel: str) -> str:

@@ -11,6 +11,21 @@ import math
 import torch
 from torch import Tensor
 
+
+def vectors(x: Tensor, edge_index: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
+    """x [N, 3], edge_index [2, E] (sender, receiver), shifts [E, 3] -> (v [E, 3], r [E, 1])."""
+    sender, receiver = edge_index
+    v = x[receiver] - x[sender] + shifts
+    return v, torch.linalg.vector_norm(v, dim=1, keepdim=True)
+
+
+def vectors_grad(gv: Tensor, gr: Tensor, v: Tensor, r: Tensor, edge_index: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
+    """(gx [nodes, 3], e [E, 3]), the gradients of the positions and of the shifts."""
+    e = gv + torch.where(r > 0, gr / torch.where(r > 0, r, 1.0), 0.0) * v
+    sender, receiver = edge_index
+    return v.new_zeros(nodes, 3).index_add(0, receiver, e).index_add(0, sender, -e), e
+
+
 SQRT3, SQRT5, SQRT15, SQRT105 = (math.sqrt(n) for n in (3, 5, 15, 105))
 SQRT35_8, SQRT21_8, HALF_SQRT7 = math.sqrt(35 / 8), math.sqrt(21 / 8), 0.5 * math.sqrt(7)
 

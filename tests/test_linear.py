@@ -306,7 +306,7 @@ def test_module_copies_pickles_and_converts(device):
 
 def test_low_precision_weights_are_copied_once_per_version(device, monkeypatch):
     copies = []
-    monkeypatch.setattr(nn_linear, "lowp_weight", lambda w, mode: copies.append(mode) or lowp_weight(w, mode))
+    monkeypatch.setattr(nn_linear, "lowp_weight", lambda w, mode, p: copies.append(mode) or lowp_weight(w, mode, p))
     ours = IrrepsLinear(o3_linear(case("mace")).to(device), "fp16")
     x = torch.randn(4, ours.problem.dim_in, device=device)
     first = ours(x)
@@ -316,6 +316,22 @@ def test_low_precision_weights_are_copied_once_per_version(device, monkeypatch):
         ours.weight.mul_(2)
     torch.testing.assert_close(ours(x), 2 * first)
     assert copies == ["fp16", "fp16"]
+
+
+def test_frozen_weights_are_split_once(device, monkeypatch):
+    copies = []
+    monkeypatch.setattr(nn_linear, "lowp_weight", lambda w, mode, p: copies.append(mode) or lowp_weight(w, mode, p))
+    ours = IrrepsLinear(o3.Linear("64x0e", "96x0e").to(device), "tf32x3")
+    x = torch.randn(5, 64, device=device).requires_grad_()
+    trained = ours(x)
+    assert copies == []
+    ours.requires_grad_(False)
+    frozen = [ours(x), ours(x)]
+    assert copies == ["tf32x3"]
+    for out in frozen:
+        assert torch.equal(out, trained)
+        (gx,) = torch.autograd.grad(out.sum(), x)
+        torch.testing.assert_close(gx, torch.autograd.grad(trained.sum(), x, retain_graph=True)[0])
 
 
 def test_bad_arguments_are_named(device):

@@ -330,8 +330,9 @@ def test_kernels_compile_without_spills(shape, target, dtypes):
     cases = kernels.offline_cases(problem, target, dtypes)
     for name, stats in offline.compile_cases(cases, target).items():
         assert (stats.spills, stats.stack) == (0, 0), (name, stats)
-        # Only the sums over tiles cross threads; anywhere else it would be a layout that is converted.
-        assert stats.shared == 0 or "_sum" in name, (name, stats)
+        # Only the sums over tiles cross threads, and the search for a tile's species, with a word for each of 4 warps;
+        # anywhere else it would be a layout that is converted.
+        assert stats.shared <= 16 or "_sum" in name, (name, stats)
 
 
 def test_loops_carry_every_sum():

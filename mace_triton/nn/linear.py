@@ -41,9 +41,9 @@ class IrrepsLinear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., irreps_in.dim] -> [..., irreps_out.dim]."""
         mode = self.run_mode
-        lowp = None
-        if mode in ("bf16", "fp16") and not torch.compiler.is_compiling():
-            lowp = self._weight_copy.get((self.weight,), lambda: lowp_weight(self.weight, mode), mode)
+        lowp, trained = None, torch.is_grad_enabled() and self.weight.requires_grad
+        if (mode in ("bf16", "fp16") or not trained) and not torch.compiler.is_compiling():
+            lowp = self._weight_copy.get((self.weight,), lambda: lowp_weight(self.weight, mode, self.problem), mode)
         out = linear(
             self.problem,
             x.reshape(-1, x.shape[-1]),

@@ -1,7 +1,7 @@
-"""Spherical harmonics and radial features of edges as torch custom ops: forward, backward, double backward.
+"""Vectors, spherical harmonics and radial features of edges as torch custom ops, with their derivatives.
 
 Each derivative is an op of its own whose backward calls the next. GPU tensors (and, under Triton's interpreter, CPU
-tensors) run `kernels/edge_harmonics.py` and `kernels/edge_radial.py`, others `reference_edge_embedding.py`.
+tensors) run `kernels/edge_vectors.py`, `edge_harmonics.py` and `edge_radial.py`, others `reference_edge_embedding.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import reference_edge_embedding as reference
 from . import dispatch
+from .graph import check_edges
 
 LMAX = 3
 BASES = ("bessel", "gaussian", "chebyshev")
@@ -24,9 +25,62 @@ def _implementation(op: str, tensor: Tensor):
     dispatch.count(op, which)
     if which == "reference":
         return reference
-    from ..kernels import edge_harmonics, edge_radial
+    from ..kernels import edge_harmonics, edge_radial, edge_vectors
 
-    return edge_harmonics if op.startswith("edge_harmonics") else edge_radial
+    files = {"edge_harmonics": edge_harmonics, "edge_radial": edge_radial, "edge_vectors": edge_vectors}
+    return next(file for name, file in files.items() if op.startswith(name))
+
+
+@torch.library.custom_op("mace_triton::edge_vectors", mutates_args=())
+def _vectors(x: Tensor, edge_index: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
+    tensors = (t.contiguous() for t in (x, edge_index, shifts))
+    return _implementation("edge_vectors_fwd", x).vectors(*tensors)
+
+
+@_vectors.register_fake
+def _(x, edge_index, shifts):
+    return shifts.new_empty(shifts.shape), shifts.new_empty(shifts.shape[0], 1)
+
+
+@torch.library.custom_op("mace_triton::edge_vectors_bwd", mutates_args=())
+def _vectors_bwd(gv: Tensor, gr: Tensor, v: Tensor, r: Tensor, edge_index: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
+    tensors = (t.contiguous() for t in (gv, gr, v, r, edge_index))
+    return _implementation("edge_vectors_bwd", v).vectors_grad(*tensors, nodes)
+
+
+@_vectors_bwd.register_fake
+def _(gv, gr, v, r, edge_index, nodes):
+    return v.new_empty(nodes, 3), v.new_empty(v.shape)
+
+
+def _save_vectors(ctx, inputs, output):
+    x, edge_index, _ = inputs
+    ctx.nodes = x.shape[0]
+    ctx.save_for_backward(*output, edge_index)
+
+
+def _vectors_backward(ctx, gv, gr):
+    gx, e = _vectors_bwd(gv, gr, *ctx.saved_tensors, ctx.nodes)
+    return gx, None, e
+
+
+def _save_vectors_bwd(ctx, inputs, output):
+    _, gr, v, r, edge_index, _ = inputs
+    ctx.save_for_backward(gr, v, r, edge_index)
+
+
+def _vectors_bwd_backward(ctx, ax, ae):
+    # The result is linear in gv and gr: a cotangent of it meets every edge as d, and e holds gr v / r beside gv.
+    gr, v, r, edge_index = ctx.saved_tensors
+    d = ax.index_select(0, edge_index[1]) - ax.index_select(0, edge_index[0]) + ae
+    inverse = torch.where(r > 0, 1 / torch.where(r > 0, r, 1.0), 0.0)
+    along = (d * v).sum(dim=1, keepdim=True) * inverse
+    rate = gr * inverse
+    return d, along, rate * d, -rate * along, None, None
+
+
+_vectors.register_autograd(_vectors_backward, setup_context=_save_vectors)
+_vectors_bwd.register_autograd(_vectors_bwd_backward, setup_context=_save_vectors_bwd)
 
 
 @torch.library.custom_op("mace_triton::edge_harmonics", mutates_args=())
@@ -154,6 +208,33 @@ _radial_bwd.register_autograd(_radial_bwd_backward, setup_context=_save_radial)
 def _check_dtype(tensor: Tensor, name: str) -> None:
     if tensor.dtype not in (torch.float64, torch.float32):
         raise TypeError(f"{name} must be float64 or float32, got {tensor.dtype}")
+
+
+def edge_vectors(x: Tensor, edge_index: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors x[receiver] - x[sender] + shift [E, 3] and their lengths [E, 1], in angstrom; differentiable.
+
+    x [N, 3] and shifts [E, 3], float64 or float32 alike; edge_index [2, E] int64 or int32, (sender, receiver). As MACE
+    0.3.16 `modules.utils.get_edge_vectors_and_lengths`; an edge of length zero gives its length's gradient to nobody.
+    Sums over an atom's edges run in any order.
+
+    Raises ValueError for another shape or device and an index out of range (asked once a graph), TypeError for a dtype.
+    """
+    _check_dtype(x, "x")
+    if x.ndim != 2 or x.shape[1] != 3:
+        raise ValueError(f"x must have shape [N, 3], got {list(x.shape)}")
+    if shifts.ndim != 2 or shifts.shape[1] != 3:
+        raise ValueError(f"shifts must have shape [E, 3], got {list(shifts.shape)}")
+    if shifts.dtype != x.dtype:
+        raise TypeError(f"shifts must have x's dtype {x.dtype}, got {shifts.dtype}")
+    check_edges(edge_index, x.shape[0])
+    if edge_index.shape[1] != shifts.shape[0]:
+        raise ValueError(
+            f"edge_index must have shape [2, {shifts.shape[0]}], as shifts has rows, got {list(edge_index.shape)}"
+        )
+    for name, tensor in (("edge_index", edge_index), ("shifts", shifts)):
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: move them together")
+    return _vectors(x, edge_index, shifts)
 
 
 def edge_harmonics(v: Tensor, lmax: int) -> Tensor:

@@ -105,10 +105,7 @@ def graph_plan(edge_index: torch.Tensor, n_in: int, n_out: int, *, by_sender: bo
     Raises TypeError for another dtype, ValueError for another shape or an index out of range (checked once a graph).
     """
     global _last
-    if edge_index.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"edge_index must be int64 or int32, got {edge_index.dtype}")
-    if edge_index.ndim != 2 or edge_index.shape[0] != 2:
-        raise ValueError(f"edge_index must have shape [2, E], got {list(edge_index.shape)}")
+    _check_shape(edge_index)
     if torch.compiler.is_compiling() or edge_index.is_inference() or capturing(edge_index):
         return GraphPlan(edge_index, *_graph_plan(edge_index, n_in, n_out, by_sender), n_in)
     tag = (edge_index._version, n_in, n_out, by_sender)
@@ -117,3 +114,21 @@ def graph_plan(edge_index: torch.Tensor, n_in: int, n_out: int, *, by_sender: bo
         _last = (edge_index, tag, plan)
         return plan
     return _last[2]
+
+
+def _check_shape(edge_index: torch.Tensor) -> None:
+    if edge_index.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"edge_index must be int64 or int32, got {edge_index.dtype}")
+    if edge_index.ndim != 2 or edge_index.shape[0] != 2:
+        raise ValueError(f"edge_index must have shape [2, E], got {list(edge_index.shape)}")
+
+
+def check_edges(edge_index: torch.Tensor, nodes: int) -> None:
+    """Raise what `graph_plan` raises; where it keeps a plan, that is made here, and the convolution finds it."""
+    _check_shape(edge_index)
+    if torch.compiler.is_compiling():
+        return
+    if edge_index.is_inference():
+        _check_range(edge_index, nodes, nodes)
+    elif not capturing(edge_index):
+        graph_plan(edge_index, nodes, nodes)
