@@ -148,8 +148,11 @@ def species(section: Section) -> None:
 
 
 def edges(section: Section) -> None:
-    """Harmonics, radial features and the radial network, and the gradient of the vectors, against eager MACE."""
+    """Edge vectors; harmonics, radial features and radial network with the vectors' gradient: against eager MACE."""
     direction = edge_block.DIRECTIONS[1]
+    vectors = edge_block.VectorsCase("vectors", 1536)
+    section.measure(measure.specs([vectors], [("e3nn", ("fp32",)), (OURS, ("fp32",))], edge_block.DIRECTIONS))
+    section.ratio(f"edges vectors {direction}", vectors, direction, "e3nn", "fp32", 3.0)
     for name in ("features", "medium", "large"):
         case = edge_block.EdgeCase(name, 1536)
         section.measure(measure.specs([case], [("e3nn", ("fp32",)), (OURS, ("fp32", "bf16"))], edge_block.DIRECTIONS))

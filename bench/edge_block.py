@@ -103,3 +103,61 @@ def reference(case: EdgeCase, precision: str, device: torch.device) -> dict[str,
     harmonics, weights = block.call(vectors)
     (gv,) = torch.autograd.grad((harmonics, weights), vectors, g)
     return {"harmonics": harmonics.detach(), "weights": weights.detach(), "gv": gv}
+
+
+@dataclass(frozen=True)
+class VectorsCase:
+    """Before that: the edges' vectors and lengths from the positions of a water box, and the gradient of these."""
+
+    name: str
+    atoms: int
+    channels: int = 128
+    block: str = "edge_vectors"
+
+    @property
+    def edges(self) -> int:
+        return structures.graph(self.atoms, R_MAX).n_edges
+
+    def inputs(self, precision: str, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """Positions [N, 3], shaken a little, edge_index, shifts [E, 3], and the gradients of vectors and lengths."""
+        graph, dtype, generator = structures.graph(self.atoms, R_MAX), torch.float64, _generator(device, seed)
+        positions, shifts = (torch.from_numpy(a).to(device) for a in (graph.positions, graph.shifts))
+        positions = positions + 0.01 * _randn(self.atoms, 3, dtype, device, generator)
+        gradients = (_randn(self.edges, width, dtype, device, generator) for width in (3, 1))
+        positions, shifts, *g = (t.to(providers.model_dtype(precision)) for t in (positions, shifts, *gradients))
+        return positions, torch.from_numpy(graph.edge_index).to(device), shifts, g
+
+    def prepare(self, provider: str, precision: str, variant: str, device: torch.device) -> Prepared:
+        block = providers.builder(self.block, provider)(precision)
+        work = dict.fromkeys(DIRECTIONS, self.edges * (16 + 7 * providers.model_dtype(precision).itemsize))
+        calls = {d: [] for d in DIRECTIONS}
+        edge_index = self.inputs(precision, device, 0)[1]  # one tensor, as in a step: what is known of it is kept
+        for seed in range(timing.sets_beyond_cache(work["forward"], device)):
+            positions, _, shifts, g = self.inputs(precision, device, seed)
+            calls["forward"].append(_vectors_call(block, positions, edge_index, shifts))
+            calls["forward+backward"].append(_vectors_call(block, *_leaves(positions), edge_index, shifts, g))
+        results = dict(zip(("vectors", "lengths", "gx"), calls["forward+backward"][0](), strict=True))
+        errors = gate(results, vectors_reference(self, precision, device), dict.fromkeys(results, TOLERANCE[precision]))
+        return Prepared(calls, work, dict.fromkeys(DIRECTIONS, 0), errors, {"edges": self.edges})
+
+
+def _vectors_call(block: providers.Block, x: Tensor, edge_index: Tensor, shifts: Tensor, g: list[Tensor] | None = None):
+    def forward():
+        with torch.no_grad():
+            return block.call(x, edge_index, shifts)
+
+    def both():
+        results = block.call(x, edge_index, shifts)
+        return *results, *torch.autograd.grad(results, x, g)
+
+    return forward if g is None else both
+
+
+@lru_cache(maxsize=1)
+def vectors_reference(case: VectorsCase, precision: str, device: torch.device) -> dict[str, Tensor]:
+    """MACE in FP64 on the inputs of seed 0."""
+    x, edge_index, shifts, g = case.inputs(precision, device, seed=0)
+    (x,) = _leaves(x.double())
+    v, r = providers.builder(case.block, "e3nn")("fp64").call(x, edge_index, shifts.double())
+    (gx,) = torch.autograd.grad((v, r), x, [t.double() for t in g])
+    return {"vectors": v.detach(), "lengths": r.detach(), "gx": gx}

@@ -4,6 +4,7 @@ conv_tp: call(x [N, dim_in1], y [E, dim_in2], w [E, weights], edge_index [2, E])
 linear: call(x [N, dim_in]) -> [N, dim_out], with `weight`, the flat parameter in e3nn's order
 species_linear: call(x [N, dim_in], one_hot [N, Z]) -> [N, dim_out], with `weights`
 radial_mlp, norm_mlp: call(x [E, features]) -> [E, weights of conv_tp], with `weights`
+edge_vectors: call(positions [N, 3], edge_index [2, E], shifts [E, 3]) -> (vectors [E, 3], lengths [E, 1])
 edge_embedding: call(vectors [E, 3]) -> (harmonics [E, 16], radial features, or weights of conv_tp)
 symmetric_contraction: call(x [N, C, 16] in mul_ir or [N, 16, C] in ir_mul, one_hot [N, Z]) -> [N, dim_out], the same
 model: a module called with MACE's dictionary
@@ -411,6 +412,22 @@ def edge_embedding_mace_triton(widths: tuple[int, ...], r_max: float, precision:
     return _edge_block(EdgeHarmonics(harmonics), EdgeRadial(radial), network)
 
 
+def edge_vectors_e3nn(precision: str) -> Block:
+    """MACE's function."""
+    need_precision("e3nn", precision, ("fp64", "fp32"))
+    from mace.modules.utils import get_edge_vectors_and_lengths
+
+    return Block(get_edge_vectors_and_lengths)
+
+
+def edge_vectors_mace_triton(precision: str) -> Block:
+    """The op that stands in for it."""
+    need_precision("mace_triton", precision, ("fp64", "fp32"))
+    from mace_triton.ops.edge_embedding import edge_vectors
+
+    return Block(edge_vectors)
+
+
 def model_e3nn(model: torch.nn.Module, precision: str, device: torch.device, variant: str = "") -> torch.nn.Module:
     """Plain MACE."""
     need_precision("e3nn", precision, ("fp64", "fp32", "tf32"))
@@ -460,6 +477,7 @@ BUILDERS: dict[str, dict[str, Callable]] = {
         "mace_triton": species_linear_mace_triton,
     },
     "edge_embedding": {"e3nn": edge_embedding_e3nn, "mace_triton": edge_embedding_mace_triton},
+    "edge_vectors": {"e3nn": edge_vectors_e3nn, "mace_triton": edge_vectors_mace_triton},
     "norm_mlp": {"e3nn": norm_mlp_e3nn, "mace_triton": norm_mlp_mace_triton},
     "radial_mlp": {"e3nn": radial_mlp_e3nn, "mace_triton": radial_mlp_mace_triton},
     "symmetric_contraction": {

@@ -204,6 +204,7 @@ SECTIONS = (
     ("linear", "Linear behind `conv_tp`"),
     ("species_linear", "Linear with weights of each species (`skip_tp`)"),
     ("symmetric_contraction", "Symmetric contraction"),
+    ("edge_vectors", "Edges: vectors and lengths from positions"),
     ("edge_embedding", "Edges: harmonics, radial features and the radial network"),
     ("radial_mlp", "Radial network"),
     ("norm_mlp", "Radial network with layer norms"),

@@ -129,10 +129,12 @@ def cases_of(op: str, target: str, shape: str, dtypes: tuple[str, ...]) -> list:
         kept = tuple(name for name in dtypes if name != "bf16")  # 16-bit features run the FP32 kernels
         return symmetric_contraction.offline_cases(contraction_problem(shape, 128), target, kept)
     if op == "edge_embedding":
-        from .kernels import edge_harmonics, edge_radial
+        from .kernels import edge_harmonics, edge_radial, edge_vectors
 
         kept = tuple(name for name in dtypes if name != "bf16")
-        return [case for file in (edge_harmonics, edge_radial) for case in file.offline_cases(target, kept)]
+        return [
+            case for file in (edge_vectors, edge_harmonics, edge_radial) for case in file.offline_cases(target, kept)
+        ]
     from .kernels import linear, linear_scalars, norm_mlp, radial_mlp, species_linear
 
     files = (linear, linear_scalars, norm_mlp, radial_mlp, species_linear)
@@ -346,6 +348,7 @@ CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {
     "radial_mlp_bwd": _EDGES,
     "norm_mlp_fwd": _EDGES,
     "norm_mlp_bwd": _EDGES,
+    "edge_vectors": {"BLOCK_E": (64, 128, 256), "num_warps": (2, 4, 8)},
     "edge_harmonics": {"BLOCK_E": (64, 128, 256), "num_warps": (2, 4, 8)},
     "edge_radial": _EDGES,
 }

@@ -23,7 +23,7 @@ from . import (
 from .linear_problem import LinearProblem
 from .ops import dispatch
 from .ops.channelwise_tp import channelwise_tp
-from .ops.edge_embedding import edge_harmonics, edge_radial
+from .ops.edge_embedding import edge_harmonics, edge_radial, edge_vectors
 from .ops.graph import graph_plan
 from .ops.linear import linear, lowp_weight
 from .ops.norm_mlp import norm_mlp
@@ -259,10 +259,14 @@ class NormMLP(RadialMLP):
 
 
 class EdgeEmbedding:
-    """Random vectors of 0.5 to 6 angstrom: harmonics to l = 3 and 10 Bessel functions, the same for every shape."""
+    """Random edges of 0.5 to 6 angstrom: vectors, harmonics to l = 3, 10 Bessel functions, whatever the shape."""
 
-    TABLES = ("edge_harmonics", "edge_radial")
-    STAGE_OF: ClassVar[dict[str, str]] = {"edge_harmonics": "harmonics", "edge_radial": "radial"}
+    TABLES = ("edge_vectors", "edge_harmonics", "edge_radial")
+    STAGE_OF: ClassVar[dict[str, str]] = {
+        "edge_vectors": "vectors",
+        "edge_harmonics": "harmonics",
+        "edge_radial": "radial",
+    }
     KINDS: ClassVar[dict[str, object]] = {"kind": "bessel", "transform": "none", "cut": True}
     FEATURES, R_MAX = 10, 6.0
 
@@ -271,34 +275,44 @@ class EdgeEmbedding:
         like = torch.float64 if dtype == "fp64" else torch.float32
         direction = torch.nn.functional.normalize(randn((edges, 3), like, self.generator))
         lengths = 0.5 + 5.5 * torch.rand(edges, 1, dtype=like, device=device, generator=self.generator)
-        self.inputs = {"v": direction * lengths}
+        x = randn((nodes, 3), like, self.generator)
+        self.edge_index = torch.randint(nodes, (2, edges), device=device, generator=self.generator)
+        self.shifts = direction * lengths - (x[self.edge_index[1]] - x[self.edge_index[0]])
+        self.inputs = {"x": x}
         self.basis = math.pi / self.R_MAX * torch.arange(1, self.FEATURES + 1, dtype=like, device=device)
         factor = math.sqrt(2 / self.R_MAX)
         self.constants = torch.tensor([self.R_MAX, 5, factor, 0, 0, 0], dtype=torch.float64, device=device)
         self.operand_error = 0.0 if dtype == "fp64" else 2**-20  # the angle, up to 10 pi, is rounded before its sine
-        self.bytes = {"forward": edges * (3 + 16 + 1 + self.FEATURES) * like.itemsize}
+        self.bytes = {"forward": edges * (3 + 3 + 16 + 1 + self.FEATURES) * like.itemsize}
         self.flops = {}
 
-    def op(self, v) -> torch.Tensor:
-        features, _ = edge_radial(v.norm(dim=1, keepdim=True), self.basis, self.constants, **self.KINDS)
+    def op(self, x) -> torch.Tensor:
+        v, r = edge_vectors(x, self.edge_index, self.shifts)
+        features, _ = edge_radial(r, self.basis, self.constants, **self.KINDS)
         return torch.cat((edge_harmonics(v, 3), features), dim=1)
 
-    def formula(self, v) -> torch.Tensor:
+    def formula(self, x) -> torch.Tensor:
+        v, r = reference_edge_embedding.vectors(x, self.edge_index, self.shifts.double())
         edge = (v.new_empty(0), torch.empty(2, 0, dtype=torch.int64), self.basis.double(), self.constants)
-        features, _ = reference_edge_embedding.radial(v.norm(dim=1, keepdim=True), edge, tuple(self.KINDS.values()))
+        features, _ = reference_edge_embedding.radial(r, edge, tuple(self.KINDS.values()))
         return torch.cat((reference_edge_embedding.harmonics(v, 16), features), dim=1)
 
     def lengths(self) -> dict[str, int]:
         """How many products are summed into one element, at most, by the letter of the result."""
-        return {"out": 16, "v": 16 + self.FEATURES}
+        degree = int(self.edge_index.flatten().bincount().max())
+        return {"out": 16, "x": degree * (16 + self.FEATURES)}
 
     def stages(self) -> dict[str, Callable[[], object]]:
         """What is timed, by name."""
-        ops, (v,) = torch.ops.mace_triton, self.inputs.values()
-        r, g = v.norm(dim=1, keepdim=True), randn((v.shape[0], 16), v.dtype, self.generator)
+        ops, (x,) = torch.ops.mace_triton, self.inputs.values()
+        v, r = ops.edge_vectors(x, self.edge_index, self.shifts)
+        g = randn((v.shape[0], 16), v.dtype, self.generator)
         edge = (r.new_empty(0), torch.empty(2, 0, dtype=torch.int64, device=r.device), self.basis, self.constants)
         gf, rest = g[:, : self.FEATURES].contiguous(), (*edge, *self.KINDS.values())
+        back = (v, r, v, r, self.edge_index, x.shape[0])
         return {
+            "vectors": lambda: ops.edge_vectors(x, self.edge_index, self.shifts),
+            "vectors, backward": lambda: ops.edge_vectors_bwd(*back),
             "harmonics": lambda: ops.edge_harmonics(v, 16),
             "harmonics, backward": lambda: ops.edge_harmonics_bwd(g, v),
             "radial": lambda: ops.edge_radial(r, *rest),

@@ -121,6 +121,13 @@ def test_edge_embeddings_agree_in_fp64(name, provider):
     assert row["bytes"] > 0
 
 
+@pytest.mark.parametrize("provider", ["e3nn", "mace_triton"])
+def test_edge_vectors_agree_in_fp64(provider):
+    row = row_of(edge_block.VectorsCase("vectors", 24), provider, "fp64", "forward+backward")
+    assert row["status"] == "ok", row["reason"]
+    assert set(row["errors"]) == {"vectors", "lengths", "gx"}
+
+
 @pytest.mark.parametrize("case", [edge_block.EdgeCase("small", 24, 2), radial_block.RadialCase("small", 24, 2)])
 def test_edges_pass_their_gate_in_bf16(case):
     row = row_of(case, precision="bf16", direction="forward+backward")

@@ -73,7 +73,7 @@ def test_parity_passes(op):
     done = run("parity", op, "--shape", "small")
     assert done.exit_code == 0, done.output
     results = [line.split()[0] for line in done.output.splitlines() if line.endswith("ok")]
-    inputs = {"channelwise_tp": "xyw", "radial_mlp": "x", "norm_mlp": "x", "edge_embedding": "v"}.get(op, "xw")
+    inputs = {"channelwise_tp": "xyw", "radial_mlp": "x", "norm_mlp": "x", "edge_embedding": "x"}.get(op, "xw")
     assert results == ["out", *(f"g{i}" for i in inputs), "dg", *(f"d{i}" for i in inputs)]
 
 
