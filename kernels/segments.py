@@ -1,10 +1,17 @@
-"""Sums over segments of rows, and segments cut into tiles: how gradients are added up without atomics."""
+"""Sums over segments of rows, and over tiles of sorted nodes: how gradients are added up without atomics.
+
+Nodes sorted by species are cut into tiles of at most `size` nodes, none of which holds two species. Species z has the
+tiles from ptr[z] // size + z on; those that it does not need are empty. So a program finds its nodes from its number:
+no launches before it cut them.
+"""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
+
+from . import tiles
 
 
 @triton.jit
@@ -34,21 +41,63 @@ def segment_sum(rows: torch.Tensor, ptr: torch.Tensor, perm: torch.Tensor) -> to
     return out
 
 
-def cut(ptr: torch.Tensor, n: int, parts: int, least: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut n sorted rows, segment z being ptr[z] .. ptr[z + 1] - 1, into tiles of at most max(least, n / parts) rows.
-
-    Returns (bounds [T + 1] of each tile, first tile [Z + 1] of each segment), int32. No tile holds rows of two
-    segments; an empty segment has none, and tiles at the end may be empty. T depends on n, parts and Z only.
-    """
-    size, segments = max(least, -(-n // parts)), ptr.shape[0] - 1
-    first = torch.nn.functional.pad((ptr.diff() + size - 1).div(size, rounding_mode="floor").cumsum(0), (1, 0))
-    number = torch.arange(-(-n // size) + min(segments, n) + 1, device=ptr.device)
-    owner = torch.searchsorted(first, number, right=True).sub(1).clamp(max=segments - 1)
-    bounds = torch.minimum(ptr[owner] + (number - first[owner]) * size, ptr[owner + 1])
-    return bounds.to(torch.int32), first.to(torch.int32)
+def count_tiles(nodes: int, size: int, ptr: torch.Tensor) -> int:
+    """How many tiles of at most `size` nodes there are for ptr [Z + 1], with the empty ones."""
+    return nodes // size + ptr.shape[0] - 1
 
 
-def sum_tiles(partial: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-    """Add the tiles' rows [T, width] of each segment in their order: [Z, width]."""
-    order = torch.arange(partial.shape[0], device=partial.device, dtype=torch.int32)
-    return segment_sum(partial, first, order)
+@triton.jit
+def nodes_of_tile(ptr_ptr, number, size, SPECIES: tl.constexpr, PAD: tl.constexpr):
+    """(first, end) of tile `number` in the sorted nodes; first >= end where it is empty. PAD: a power of two."""
+    z = tl.arange(0, PAD)
+    first = tl.load(ptr_ptr + z, mask=z < SPECIES, other=0) // size + z
+    species = tl.sum(((first <= number) & (z < SPECIES)).to(tl.int32), axis=0) - 1
+    start = tl.load(ptr_ptr + species)
+    begin = start + (number - start // size - species) * size
+    return begin, tl.minimum(begin + size, tl.load(ptr_ptr + species + 1))
+
+
+@triton.jit(do_not_specialize=["size"])
+def tile_sum_kernel(part_ptr, ptr_ptr, out_ptr, size, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """out[z] = sum of the tiles of species z; zero without any."""
+    z = tl.program_id(0)
+    start = tl.load(ptr_ptr + z)
+    count = tl.cdiv(tl.load(ptr_ptr + z + 1) - start, size)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    out = out_ptr + z.to(tl.int64) * width + column
+    if count == 0:  # most of a table of 89 species
+        tl.store(out, tl.zeros([1, BLOCK], part_ptr.dtype.element_ty), mask=column < width)
+    else:
+        row = tl.arange(0, ROWS)[:, None]
+        part = part_ptr + (start // size + z).to(tl.int64) * width + column
+        total = tl.zeros([ROWS, BLOCK], part_ptr.dtype.element_ty)
+        for first in range(0, count, ROWS):
+            mask = (first + row < count) & (column < width)
+            total += tl.load(part + (first + row).to(tl.int64) * width, mask=mask, other=0.0)
+        tl.store(out, tl.sum(total, axis=0)[None, :], mask=column < width)
+
+
+def sum_tiles(partial: torch.Tensor, ptr: torch.Tensor, size: int) -> torch.Tensor:
+    """Add the tiles' rows [tiles, ...] of each species, ptr [Z + 1]: [Z, ...], same bits every run."""
+    species, width = ptr.shape[0] - 1, partial[0].numel()
+    out = torch.empty((species, *partial.shape[1:]), dtype=partial.dtype, device=partial.device)
+    tile = tiles.choose("tile_sum", dtype=tiles.TAGS[partial.dtype])
+    with torch.cuda.device_of(partial):
+        tile_sum_kernel[(species, triton.cdiv(width, tile["BLOCK"]))](
+            *(partial, ptr, out, size, width), **dict(tile.block), num_warps=tile.num_warps
+        )
+    return out
+
+
+def offline_cases(target: str = "sm_90", dtypes: tuple[str, ...] = ("fp64", "fp32")) -> list:
+    """The sum over tiles with the block sizes in use, for `offline.compile_cases`."""
+    from .offline import Case
+
+    cases = []
+    for dtype in dtypes:
+        tile = tiles.choose("tile_sum", dtype=dtype, arch=target)
+        signature = {"part_ptr": f"*{dtype}", "ptr_ptr": "*i32", "out_ptr": f"*{dtype}"}
+        launch = (dict(tile.block), tile.num_warps, tile.num_stages, tuple(signature))
+        signature |= {"size": "i32", "width": "i32"}
+        cases.append(Case(f"tile_sum {dtype}", "segments", "tile_sum_kernel", signature, *launch))
+    return cases

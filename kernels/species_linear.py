@@ -5,8 +5,8 @@
 Nodes are taken in the order of their species, and no tile of rows holds two species; otherwise the programs are those
 of `linear.py`, whose tables, loads and products they use. How many tiles a species fills is known on the device only:
 each group of the grid has room for one more tile than its rows fill for every species, and programs beyond the last
-tile leave at once. The gradient of the weights cuts the sorted nodes into tiles, writes the sums of each, and adds the
-tiles of a species in their order: no atomics, the same bits always.
+tile leave at once. The gradient of the weights takes the sorted nodes in the tiles of `segments.py`, writes the sums of
+each, and adds the tiles of a species in a fixed order: no atomics, the same bits always.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton.language as tl
 from . import tiles
 from .linear import _map_mode, _map_plan, _wgrad_plan
 from .products import dot, find_group, load_rows, load_weights, row_places, store_rows
-from .segments import cut, sum_tiles
+from .segments import count_tiles, nodes_of_tile, sum_tiles
 
 
 @triton.jit
@@ -100,18 +100,21 @@ def species_linear_fwd_kernel(
         store_rows(out_ptr, acc, place, row_mask, first, mul, dim, OUT_LAYOUT, LANES, EVEN_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def species_linear_wgrad_kernel(
     x_ptr,  # [n_nodes, width_in]
     g_ptr,  # [n_nodes, width_out]
     part_ptr,  # [tiles, weight_numel]
     perm_ptr,  # int32 [n_nodes]: nodes in the order of their species
-    bound_ptr,  # int32 [tiles + 1]: the nodes of each tile in it
+    ptr_ptr,  # int32 [SPECIES + 1]: where each species begins in it
     block_ptr,  # int32 [blocks, 8]: offset, mul, first channel of x; the same of g; 2l+1; weight
     scale_ptr,  # float64 [blocks]: scale * alpha
+    size,  # most nodes of a tile
     width_in,
     width_out,
     weight_numel,
+    SPECIES: tl.constexpr,
+    PAD: tl.constexpr,
     X_LAYOUT: tl.constexpr,
     G_LAYOUT: tl.constexpr,
     MODE: tl.constexpr,
@@ -124,9 +127,8 @@ def species_linear_wgrad_kernel(
     BLOCK_W: tl.constexpr,
 ):
     part = tl.program_id(1)
-    begin = tl.load(bound_ptr + part)
-    end = tl.load(bound_ptr + part + 1)
-    if begin < end:  # tiles beyond the last one are never read
+    begin, end = nodes_of_tile(ptr_ptr, part, size, SPECIES, PAD)
+    if begin < end:  # empty tiles are never read
         block = block_ptr + tl.program_id(0) * 8
         x_offset = tl.multiple_of(tl.load(block), ALIGN)
         x_mul = tl.multiple_of(tl.load(block + 1), ALIGN)
@@ -206,24 +208,27 @@ def grad_w(problem, x: torch.Tensor, grad: torch.Tensor, plan, mode: str, scale:
     reads, writes = problem.layout_in, problem.layout_out
     tile = tiles.choose("species_linear_wgrad", mode=mode, reads=reads, writes=writes, transposed=False, nodes=nodes)
     tables, _, constants = _wgrad_plan(problem, mode, scale, x.device, tile)
-    bounds, first = cut(plan.ptr, nodes, tile["PARTS"])
-    partial = torch.empty(bounds.shape[0] - 1, numel, dtype=x.dtype, device=x.device)
+    size = max(16, triton.cdiv(nodes, tile["PARTS"]))
+    partial = torch.empty(count_tiles(nodes, size, plan.ptr), numel, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
         species_linear_wgrad_kernel[(tables[0].shape[0], partial.shape[0])](
             x,
             grad,
             partial,
             plan.perm,
-            bounds,
+            plan.ptr,
             *tables,
+            size,
             x.shape[1],
             grad.shape[1],
             numel,
+            SPECIES=plan.count,
+            PAD=triton.next_power_of_2(plan.count),
             **constants,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-    return sum_tiles(partial, first)
+    return sum_tiles(partial, plan.ptr, size)
 
 
 def offline_cases(target: str = "sm_90") -> list:
@@ -233,26 +238,28 @@ def offline_cases(target: str = "sm_90") -> list:
     amd, cases = target.startswith("gfx"), []
     for mode in ("bf16", "fp16", "ieee") if amd else ("bf16", "fp16", "tf32", "tf32x3", "ieee", "fp64"):
         word = "*fp64" if mode == "fp64" else "*fp32"
-        shared = {"perm_ptr": "*i32", "block_ptr": "*i32", "scale_ptr": "*fp64"}
+        shared = {"perm_ptr": "*i32", "ptr_ptr": "*i32", "block_ptr": "*i32", "scale_ptr": "*fp64"}
         sizes = {"width_in": "i32", "width_out": "i32", "weight_numel": "i32"}
         call = {"mode": mode, "reads": "mul_ir", "writes": "mul_ir", "nodes": 5184}
-        layouts = {"X_LAYOUT": "mul_ir", "MODE": mode, "ALIGN": 16, "INTERPRET": False}
+        shape = {"X_LAYOUT": "mul_ir", "MODE": mode, "ALIGN": 16, "INTERPRET": False}
+        shape |= {"SPECIES": 89, "PAD": 128}
         for transposed in (False, True):
             tile = tiles.choose("species_linear_fwd", arch=target, transposed=transposed, **call)
             signature = {"x_ptr": word, "w_ptr": {"bf16": "*bf16", "fp16": "*fp16"}.get(mode, word), "out_ptr": word}
-            signature |= shared | {"ptr_ptr": "*i32", "group_ptr": "*i32"} | sizes
+            signature |= shared | {"group_ptr": "*i32"} | sizes
             known = tuple(signature)
-            constants = layouts | {"OUT_LAYOUT": "mul_ir", "TRANSPOSED": transposed, "EVEN_K": True, "EVEN_N": True}
-            constants |= {"SPECIES": 89, "PAD": 128} | dict(tile.block)
+            constants = shape | {"OUT_LAYOUT": "mul_ir", "TRANSPOSED": transposed, "EVEN_K": True, "EVEN_N": True}
+            constants |= dict(tile.block)
             name = f"species_linear_fwd {mode}{' transposed' if transposed else ''}"
             launch = (constants, tile.num_warps, tile.num_stages, known)
             signature |= {"n_nodes": "i32", "extra": "i32"}
             cases.append(Case(name, "species_linear", "species_linear_fwd_kernel", signature, *launch))
         tile = tiles.choose("species_linear_wgrad", arch=target, transposed=False, **call)
-        signature = {"x_ptr": word, "g_ptr": word, "part_ptr": word, "bound_ptr": "*i32"} | shared | sizes
-        constants = layouts | {"G_LAYOUT": "mul_ir", "EVEN": True}
+        signature = {"x_ptr": word, "g_ptr": word, "part_ptr": word} | shared | sizes
+        constants = shape | {"G_LAYOUT": "mul_ir", "EVEN": True}
         constants |= {k: v for k, v in tile.block if k != "PARTS"}
         launch = (constants, tile.num_warps, tile.num_stages, tuple(signature))
+        signature |= {"size": "i32"}
         name = f"species_linear_wgrad {mode}"
         cases.append(Case(name, "species_linear", "species_linear_wgrad_kernel", signature, *launch))
     return cases

@@ -28,8 +28,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import segments, tiles
 from . import symmetric_contraction_source as source
-from . import tiles
 from .generated import kernel_of
 
 PACK = tl.constexpr(source.PACK)
@@ -65,26 +65,6 @@ def symmetric_contraction_combine_kernel(
         factor = tl.load(factor_ptr + term * longest + i, mask=mask, other=0.0)
         total += factor * tl.load(weights + path * C, mask=mask, other=0.0)
     tl.store(coef_ptr + z.to(tl.int64) * width + place, total, mask=mask)
-
-
-@triton.jit(do_not_specialize=["size"])
-def symmetric_contraction_sum_kernel(part_ptr, ptr_ptr, out_ptr, size, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """out[z] = sum of the tiles of species z, whose places `nodes_of_tile` says; zero without any."""
-    z = tl.program_id(0)
-    start = tl.load(ptr_ptr + z)
-    count = tl.cdiv(tl.load(ptr_ptr + z + 1) - start, size)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    out = out_ptr + z.to(tl.int64) * width + column
-    if count == 0:  # most of a table of 89 species
-        tl.store(out, tl.zeros([1, BLOCK], part_ptr.dtype.element_ty), mask=column < width)
-    else:
-        row = tl.arange(0, ROWS)[:, None]
-        part = part_ptr + (start // size + z).to(tl.int64) * width + column
-        total = tl.zeros([ROWS, BLOCK], part_ptr.dtype.element_ty)
-        for first in range(0, count, ROWS):
-            mask = (first + row < count) & (column < width)
-            total += tl.load(part + (first + row).to(tl.int64) * width, mask=mask, other=0.0)
-        tl.store(out, tl.sum(total, axis=0)[None, :], mask=column < width)
 
 
 @cache
@@ -156,11 +136,6 @@ def _launch(kernel, tile: tiles.Tile, programs: int, channels: int, *arguments, 
         )
 
 
-def _programs(nodes: int, size: int, plan) -> int:
-    """How many tiles of at most `size` nodes there are, with the empty ones; see `nodes_of_tile`."""
-    return nodes // size + plan.ptr.shape[0] - 1
-
-
 def _run_map(problem, op: str, write, inputs: tuple[torch.Tensor, ...], x, coef, a, q, plan, dim: int) -> torch.Tensor:
     """The forward or the gradient of x, or its derivative along a (and q) where a is given."""
     nodes = x.shape[0]
@@ -173,7 +148,8 @@ def _run_map(problem, op: str, write, inputs: tuple[torch.Tensor, ...], x, coef,
     kernel = _kernel(write, problem, _ptx(x), a is not None, q is not None)
     tangents = [t for t in (a, q) if t is not None]
     tensors = (*inputs, x, coef, *tangents, out, plan.perm, plan.ptr)
-    _launch(kernel, tile, _programs(nodes, tile["NODES"], plan), problem.channels, *tensors, acc=coef.dtype)
+    programs = segments.count_tiles(nodes, tile["NODES"], plan.ptr)
+    _launch(kernel, tile, programs, problem.channels, *tensors, acc=coef.dtype)
     return out
 
 
@@ -201,18 +177,12 @@ def grad_weights(problem, g: torch.Tensor, x: torch.Tensor, plan, dtype: torch.d
     op = "symmetric_contraction_weights" + ("" if a is None else "_tangent")
     tile = tiles.choose(op, dtype=tiles.TAGS[x.dtype], terms=len(problem.terms), nodes=nodes, channels=channels)
     size = max(2, triton.cdiv(nodes, tile["PARTS"]))
-    count = _programs(nodes, size, plan)
+    count = segments.count_tiles(nodes, size, plan.ptr)
     partial = torch.empty((count, problem.paths, channels), dtype=dtype, device=x.device)
     tensors = (g, x, *(() if a is None else (a,)), partial, plan.perm, plan.ptr)
     for kernel in _weights_kernels(problem, _ptx(x), tile["REGISTERS"], a is not None, bool(tile["PRODUCTS"])):
         _launch(kernel, tile, count, channels, *tensors, size, acc=dtype)
-    out, width = torch.empty(shape, dtype=dtype, device=x.device), problem.paths * channels
-    tile = tiles.choose("symmetric_contraction_sum", dtype=tiles.TAGS[dtype])
-    with torch.cuda.device_of(x):
-        symmetric_contraction_sum_kernel[(species, triton.cdiv(width, tile["BLOCK"]))](
-            *(partial, plan.ptr, out, size, width), **dict(tile.block), num_warps=tile.num_warps
-        )
-    return out
+    return segments.sum_tiles(partial, plan.ptr, size)
 
 
 def offline_cases(problem, target: str = "sm_90", dtypes: tuple[str, ...] = ("fp64", "fp32"), species: int = 89):
@@ -261,17 +231,11 @@ def _plain_cases(problem, target: str, dtype: str) -> list:
     """The kernels that are not generated: what is before the polynomials and what is after them."""
     from .offline import Case
 
-    module, cases = "symmetric_contraction", []
-    signatures = {
-        "combine": {"path_ptr": "*i32", "factor_ptr": f"*{dtype}", "weights_ptr": f"*{dtype}", "coef_ptr": f"*{dtype}"}
-        | {"ptr_ptr": "*i32", "width": "i32", "paths": "i32", "longest": "i32"},
-        "sum": {"part_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "ptr_ptr": "*i32", "size": "i32", "width": "i32"},
-    }
-    for op, signature in signatures.items():
-        tile = tiles.choose(f"symmetric_contraction_{op}", dtype=dtype, arch=target)
-        constants = dict(tile.block) | ({"C": problem.channels} if op == "combine" else {})
-        divisible = tuple(name for name, kind in signature.items() if kind.startswith("*"))
-        launch = (constants, tile.num_warps, tile.num_stages, divisible)
-        kernel = f"symmetric_contraction_{op}_kernel"
-        cases.append(Case(f"symmetric_contraction_{op} {dtype}", module, kernel, signature, *launch))
-    return cases
+    signature = {"path_ptr": "*i32", "factor_ptr": f"*{dtype}", "weights_ptr": f"*{dtype}", "coef_ptr": f"*{dtype}"}
+    signature |= {"ptr_ptr": "*i32", "width": "i32", "paths": "i32", "longest": "i32"}
+    tile = tiles.choose("symmetric_contraction_combine", dtype=dtype, arch=target)
+    divisible = tuple(name for name, kind in signature.items() if kind.startswith("*"))
+    launch = (dict(tile.block) | {"C": problem.channels}, tile.num_warps, tile.num_stages, divisible)
+    name = "symmetric_contraction_combine"
+    combine = Case(f"{name} {dtype}", "symmetric_contraction", f"{name}_kernel", signature, *launch)
+    return [combine, *segments.offline_cases(target, (dtype,))]

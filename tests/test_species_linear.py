@@ -7,17 +7,16 @@ added with unit roundoff v.
 from __future__ import annotations
 
 import copy
-import itertools
 import pickle
 
 import pytest
 import torch
 from e3nn import o3
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mace_triton import reference_linear as reference
-from mace_triton.kernels import offline, segments, tiles
+from mace_triton.kernels import offline, tiles
 from mace_triton.kernels import species_linear as kernels
 from mace_triton.layout import convert_layout
 from mace_triton.linear_problem import LinearProblem
@@ -254,17 +253,25 @@ def test_weight_gradient_has_the_same_bits_every_run(device):
     assert not first[3:].any(), "species that do not occur"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(sizes=st.lists(st.integers(0, 70), min_size=1, max_size=9), parts=st.integers(1, 8))
-def test_tiles_cover_every_row_once_and_keep_segments_apart(sizes, parts):
-    ptr = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
-    n = int(ptr[-1])
-    bounds, first = (t.tolist() for t in segments.cut(ptr, n, parts))
-    assert (bounds[0], bounds[-1]) == (0, n)
-    for z, size in enumerate(sizes):
-        assert bounds[first[z]] == ptr[z] or not size
-        assert bounds[first[z + 1]] == ptr[z + 1] or not size
-    assert all(0 <= b - a <= max(16, -(-n // parts)) for a, b in itertools.pairwise(bounds))
+@example(sizes=[n % 4 for n in range(89)], parts=64)
+@example(sizes=[0, 0, 200, 0], parts=5)
+@example(sizes=[16, 32, 0, 48, 0], parts=8)
+@example(sizes=[1], parts=1)
+def test_tiles_hold_every_node_once_and_keep_species_apart(sizes, parts):
+    """Sums in FP64 of as many rows as each species has, whatever tiles they are cut into."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    problem = LinearProblem("3x0e+2x1o", "2x0e+3x1o")
+    species = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    nodes = len(species)
+    where = plan(species[torch.randperm(nodes)].tolist(), device, len(sizes))
+    x, grad = (torch.randn(nodes, n, dtype=torch.float64, device=device) for n in (problem.dim_in, problem.dim_out))
+    with tiles.forced("species_linear_wgrad", tiles.Tile.of(BLOCK_R=16, BLOCK_U=16, BLOCK_W=16, LANES=4, PARTS=parts)):
+        got = kernels.grad_w(problem, x, grad, where, "fp64", 0.3)
+    want = reference.species_linear_grad_w(problem, x, grad, where.species, len(sizes), "fp64", 0.3)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert not got[where.ptr.diff() == 0].any(), "species that do not occur"
 
 
 def test_bad_arguments_are_named(device):
