@@ -3,8 +3,8 @@
     h_0 = x,   z_i = h_i V_i,   h_{i+1} = norm silu(z_i)
 
 V are MACE's weights over the square root of their fan-in, norm is e3nn's constant that gives silu a second moment of 1.
-A program owns BLOCK_E edges and all layers; beside the result it writes the z_i, for the backward pass, which has the
-cotangent gh of the result:
+A program owns BLOCK_E edges and all layers; beside the result it writes the z_i, for the backward pass (where
+the weights are frozen without z_0, which that makes again from x). With the cotangent gh of the result that is
 
     gz_i = gh_{i+1} norm silu'(z_i),   gh_i = gz_i V_i^T,   gx = gh_0,   gV_i = h_i^T gz_i
 
@@ -88,26 +88,29 @@ def radial_mlp_fwd_kernel(
     first_ptr,  # [width_in, HIDDEN]
     hidden_ptr,  # [LAYERS - 1, HIDDEN, HIDDEN]
     out_ptr,  # [n_edges, HIDDEN]
-    z_ptr,  # [LAYERS, n_edges, HIDDEN]
+    z_ptr,  # [LAYERS, n_edges, HIDDEN], without z_0 where it is not kept
     n_edges,
     width_in,
     NORM: tl.constexpr,
     LAYERS: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    KEEP_FIRST: tl.constexpr,
     MODE: tl.constexpr,
     INTERPRET: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    v0 = _first_weights(first_ptr, width_in, False, BLOCK_IN, HIDDEN)
+    size = n_edges.to(tl.int64) * HIDDEN
     edge = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     place, inside = rows_of(edge, n_edges, HIDDEN)
-    x = _load_features(x_ptr, edge, n_edges, width_in, BLOCK_IN)
-    z = layer(x, _first_weights(first_ptr, width_in, False, BLOCK_IN, HIDDEN), MODE, INTERPRET)
-    tl.store(z_ptr + place, z, mask=inside)
+    z = layer(_load_features(x_ptr, edge, n_edges, width_in, BLOCK_IN), v0, MODE, INTERPRET)
+    if KEEP_FIRST:
+        tl.store(z_ptr + place, z, mask=inside)
     h = NORM * z * sigmoid(z)  # [BLOCK_E, HIDDEN]
     for number in tl.static_range(1, LAYERS):
         z = layer(h, hidden_weights(hidden_ptr, number, False, HIDDEN), MODE, INTERPRET)
-        tl.store(z_ptr + number * n_edges.to(tl.int64) * HIDDEN + place, z, mask=inside)
+        tl.store(z_ptr + (number - 1 + KEEP_FIRST) * size + place, z, mask=inside)
         h = NORM * z * sigmoid(z)
     tl.store(out_ptr + place, h, mask=inside)
 
@@ -122,7 +125,8 @@ def _through_silu(gh, z, NORM: tl.constexpr):
 @triton.jit(do_not_specialize=["n_edges"])
 def radial_mlp_bwd_kernel(
     g_ptr,  # [n_edges, HIDDEN]
-    z_ptr,  # [LAYERS, n_edges, HIDDEN]
+    x_ptr,  # [n_edges, width_in]
+    z_ptr,  # [LAYERS, n_edges, HIDDEN], without z_0 where it is not kept
     first_ptr,  # [width_in, HIDDEN]
     hidden_ptr,  # [LAYERS - 1, HIDDEN, HIDDEN]
     gx_ptr,  # [n_edges, width_in]
@@ -133,27 +137,36 @@ def radial_mlp_bwd_kernel(
     LAYERS: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    KEEP_FIRST: tl.constexpr,
     TRAINED: tl.constexpr,
     MODE: tl.constexpr,
     INTERPRET: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    size = n_edges.to(tl.int64) * HIDDEN
     edge = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     place, inside = rows_of(edge, n_edges, HIDDEN)
     gh = tl.load(g_ptr + place, mask=inside, other=0.0)
-    size = n_edges.to(tl.int64) * HIDDEN
     if TRAINED:
         for back in range(0, LAYERS - 1):  # not unrolled, which takes more registers than there are
             number = LAYERS - 1 - back
-            gz = _through_silu(gh, tl.load(z_ptr + number * size + place, mask=inside, other=0.0), NORM)
+            z = tl.load(z_ptr + (number - 1 + KEEP_FIRST) * size + place, mask=inside, other=0.0)
+            gz = _through_silu(gh, z, NORM)
             tl.store(gz_ptr + number * size + place, gz, mask=inside)
             gh = layer(gz, hidden_weights(hidden_ptr, number, True, HIDDEN), MODE, INTERPRET)
     else:
         for back in tl.static_range(0, LAYERS - 1):
             number = LAYERS - 1 - back
-            gz = _through_silu(gh, tl.load(z_ptr + number * size + place, mask=inside, other=0.0), NORM)
+            z = tl.load(z_ptr + (number - 1 + KEEP_FIRST) * size + place, mask=inside, other=0.0)
+            gz = _through_silu(gh, z, NORM)
             gh = layer(gz, hidden_weights(hidden_ptr, number, True, HIDDEN), MODE, INTERPRET)
-    gz = _through_silu(gh, tl.load(z_ptr + place, mask=inside, other=0.0), NORM)
+    if KEEP_FIRST:
+        z = tl.load(z_ptr + place, mask=inside, other=0.0)
+    else:
+        x = _load_features(x_ptr, edge, n_edges, width_in, BLOCK_IN)
+        SAME: tl.constexpr = "ieee" if MODE == "tf32x3" else MODE  # as the forward pass made it, see `_operands`
+        z = layer(x, _first_weights(first_ptr, width_in, False, BLOCK_IN, HIDDEN), SAME, INTERPRET)
+    gz = _through_silu(gh, z, NORM)
     if TRAINED:
         tl.store(gz_ptr + place, gz, mask=inside)
     gx = layer(gz, _first_weights(first_ptr, width_in, True, BLOCK_IN, HIDDEN), MODE, INTERPRET)
@@ -262,35 +275,39 @@ def _launch(kernel, op: str, edges: int, tensors: tuple, first, hidden, norm: fl
         )
 
 
-def forward(x: torch.Tensor, first: torch.Tensor, hidden: torch.Tensor, norm: float, mode: str):
-    """x [E, width_in], first [width_in, H], hidden [L - 1, H, H], contiguous -> (h_L [E, H], z [L, E, H])."""
+def forward(x: torch.Tensor, first: torch.Tensor, hidden: torch.Tensor, norm: float, mode: str, keep_first: bool):
+    """x [E, width_in], first [width_in, H], hidden [L - 1, H, H], contiguous -> (h_L [E, H], z [L, E, H]).
+
+    keep_first: whether z holds z_0, which is made anew from x where only the gradient of x is asked for.
+    """
     edges, width = x.shape[0], first.shape[1]
     out = torch.empty(edges, width, dtype=x.dtype, device=x.device)
-    z = torch.empty(hidden.shape[0] + 1, edges, width, dtype=x.dtype, device=x.device)
+    z = torch.empty(hidden.shape[0] + keep_first, edges, width, dtype=x.dtype, device=x.device)
     if edges:
-        _launch(radial_mlp_fwd_kernel, "radial_mlp_fwd", edges, (x, first, hidden, out, z), first, hidden, norm, mode)
+        tensors, op = (x, first, hidden, out, z), "radial_mlp_fwd"
+        _launch(radial_mlp_fwd_kernel, op, edges, tensors, first, hidden, norm, mode, KEEP_FIRST=keep_first)
     return out, z
 
 
-def _grad_x(g, z, first, hidden, norm: float, mode: str, gz: torch.Tensor | None) -> torch.Tensor:
+def _grad_x(g, x, z, first, hidden, norm: float, mode: str, gz: torch.Tensor | None) -> torch.Tensor:
     edges = g.shape[0]
     gx = torch.empty(edges, first.shape[0], dtype=g.dtype, device=g.device)
     if edges:
-        tensors = (g, z, first, hidden, gx, gx if gz is None else gz)
-        trained = gz is not None
-        _launch(radial_mlp_bwd_kernel, "radial_mlp_bwd", edges, tensors, first, hidden, norm, mode, TRAINED=trained)
+        tensors = (g, x, z, first, hidden, gx, gx if gz is None else gz)
+        how = {"TRAINED": gz is not None, "KEEP_FIRST": z.shape[0] > hidden.shape[0]}
+        _launch(radial_mlp_bwd_kernel, "radial_mlp_bwd", edges, tensors, first, hidden, norm, mode, **how)
     return gx
 
 
-def grad_x(g: torch.Tensor, z: torch.Tensor, first: torch.Tensor, hidden: torch.Tensor, norm: float, mode: str):
-    """The gradient [E, width_in] of x for the cotangent g [E, H] of the result; z from `forward`."""
-    return _grad_x(g, z, first, hidden, norm, mode, None)
+def grad_x(g: torch.Tensor, x: torch.Tensor, z: torch.Tensor, first, hidden: torch.Tensor, norm: float, mode: str):
+    """The gradient [E, width_in] of x for the cotangent g [E, H] of the result; z from `forward`, with z_0 or not."""
+    return _grad_x(g, x, z, first, hidden, norm, mode, None)
 
 
-def grads(g: torch.Tensor, z: torch.Tensor, first: torch.Tensor, hidden: torch.Tensor, norm: float, mode: str):
+def grads(g: torch.Tensor, x: torch.Tensor, z: torch.Tensor, first, hidden: torch.Tensor, norm: float, mode: str):
     """(gx, gz [L, E, H]): that gradient, and those of z, which make the gradients of the weights."""
     gz = torch.empty_like(z)
-    return _grad_x(g, z, first, hidden, norm, mode, gz), gz
+    return _grad_x(g, x, z, first, hidden, norm, mode, gz), gz
 
 
 def grad_grads(a, g, z, first, hidden, norm: float, mode: str) -> tuple[torch.Tensor, ...]:
@@ -308,12 +325,13 @@ def offline_cases(target: str = "sm_90") -> list:
     """Specialisations for `offline.compile_cases`: 8 features, three hidden layers of 64, the tiles in use."""
     from .offline import Case
 
-    backward = ("g_ptr", "z_ptr", "first_ptr", "hidden_ptr", "gx_ptr", "gz_ptr")
+    backward = ("g_ptr", "x_ptr", "z_ptr", "first_ptr", "hidden_ptr", "gx_ptr", "gz_ptr")
     twice = (f"{name}_ptr" for name in ("a", "g", "z", "first", "hidden", "dg", "dx", "t", "s", "us", "wz"))
     kernels = (
-        ("radial_mlp_fwd", "", ("x_ptr", "first_ptr", "hidden_ptr", "out_ptr", "z_ptr"), {}),
-        ("radial_mlp_bwd", "", backward, {"TRAINED": False}),
-        ("radial_mlp_bwd", " trained", backward, {"TRAINED": True}),
+        ("radial_mlp_fwd", "", ("x_ptr", "first_ptr", "hidden_ptr", "out_ptr", "z_ptr"), {"KEEP_FIRST": False}),
+        ("radial_mlp_bwd", "", backward, {"KEEP_FIRST": False, "TRAINED": False}),
+        ("radial_mlp_bwd", " kept", backward, {"KEEP_FIRST": True, "TRAINED": False}),
+        ("radial_mlp_bwd", " trained", backward, {"KEEP_FIRST": True, "TRAINED": True}),
         ("radial_mlp_bwd_bwd", "", tuple(twice), {}),
     )
     cases = []

@@ -7,6 +7,8 @@ no launches before it cut them.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -81,7 +83,7 @@ def sum_tiles(partial: torch.Tensor, ptr: torch.Tensor, size: int) -> torch.Tens
     """Add the tiles' rows [tiles, ...] of each species, ptr [Z + 1]: [Z, ...], same bits every run."""
     species, width = ptr.shape[0] - 1, partial[0].numel()
     out = torch.empty((species, *partial.shape[1:]), dtype=partial.dtype, device=partial.device)
-    tile = tiles.choose("tile_sum", dtype=tiles.TAGS[partial.dtype])
+    tile = tiles.choose("tile_sum", dtype=tiles.TAGS[partial.dtype], width=width)
     with torch.cuda.device_of(partial):
         tile_sum_kernel[(species, triton.cdiv(width, tile["BLOCK"]))](
             *(partial, ptr, out, size, width), **dict(tile.block), num_warps=tile.num_warps
@@ -94,10 +96,10 @@ def offline_cases(target: str = "sm_90", dtypes: tuple[str, ...] = ("fp64", "fp3
     from .offline import Case
 
     cases = []
-    for dtype in dtypes:
-        tile = tiles.choose("tile_sum", dtype=dtype, arch=target)
+    for dtype, width in itertools.product(dtypes, (3712, 49152)):
+        tile = tiles.choose("tile_sum", dtype=dtype, width=width, arch=target)
         signature = {"part_ptr": f"*{dtype}", "ptr_ptr": "*i32", "out_ptr": f"*{dtype}"}
         launch = (dict(tile.block), tile.num_warps, tile.num_stages, tuple(signature))
         signature |= {"size": "i32", "width": "i32"}
-        cases.append(Case(f"tile_sum {dtype}", "segments", "tile_sum_kernel", signature, *launch))
+        cases.append(Case(f"tile_sum {dtype} of {width}", "segments", "tile_sum_kernel", signature, *launch))
     return cases

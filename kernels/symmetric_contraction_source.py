@@ -115,16 +115,26 @@ class Writer:
 
     def load(self, name: str, pointer: str, dim: int) -> None:
         """The components of the nodes as name0, name1, ..., and the tangent's beside them."""
-        variables = [(name, pointer)]
-        if self.tangent and name not in self.constant:
-            variables.append((f"d_{name}", f"{pointer.removesuffix('_ptr')}_tangent_ptr"))
+        self.fetch(name, pointer, dim)
+        self.unpack(name, dim)
+
+    def _loaded(self, name: str) -> list[str]:
+        return [name, f"d_{name}"] if self.tangent and name not in self.constant else [name]
+
+    def fetch(self, name: str, pointer: str, dim: int) -> None:
+        """Only the loads: all components of a node as one tile, {name}_tile."""
         row = f"row{triton.next_power_of_2(dim)}"
-        for variable, ptr in variables:
+        for variable in self._loaded(name):
+            ptr = pointer if variable == name else f"{pointer.removesuffix('_ptr')}_tangent_ptr"
             place = f"{ptr} + node * {dim} * C + {row} * C + lane"
-            self.emit(f"tile = tl.load({place}, mask=inside & ({row} < {dim}), other=0.0)")
-            self.emit("bits = tile.to(ACC).to(INT, bitcast=True)")
+            self.emit(f"{variable}_tile = tl.load({place}, mask=inside & ({row} < {dim}), other=0.0)")
+
+    def unpack(self, name: str, dim: int) -> None:
+        """The tiles of `fetch` taken apart."""
+        for variable in self._loaded(name):
+            self.emit(f"bits = {variable}_tile.to(ACC).to(INT, bitcast=True)")
             for i in range(dim):
-                self.emit(f"{variable}{i} = component(bits, {row}, {i}, ACC)")
+                self.emit(f"{variable}{i} = component(bits, row{triton.next_power_of_2(dim)}, {i}, ACC)")
 
     def store(self, name: str, pointer: str, dim: int) -> None:
         """The variables name0, name1, ... as the components of the nodes; zero where a variable never appeared."""
@@ -328,11 +338,24 @@ def weights_source(problem, ptx: bool, part: tuple[int, int], tangent: bool, pro
         out.emit(f"{prefix}w{path} = tl.zeros((NODES, BLOCK_C), ACC)")
         out.started |= {f"w{path}", f"d_w{path}"}
     names = _factors(out, part)
-    out.emit("for k in range(begin, end, NODES):")
-    out.indent *= 2
-    _nodes(out, "k")
-    out.load("x", "x_ptr", problem.dim_in)
-    out.load("g", "g_ptr", problem.dim_out)
+    operands = (("x", "x_ptr", problem.dim_in), ("g", "g_ptr", problem.dim_out))
+    if tangent:
+        out.emit("for k in range(begin, end, NODES):")
+        out.indent *= 2
+        _nodes(out, "k")
+        for operand in operands:
+            out.load(*operand)
+    else:  # there are registers to ask for the next nodes before these are worked on
+        _nodes(out, "begin")
+        for operand in operands:
+            out.fetch(*operand)
+        out.emit("for k in range(begin, end, NODES):")
+        out.indent *= 2
+        for name, _, dim in operands:
+            out.unpack(name, dim)
+        _nodes(out, "k + NODES")
+        for operand in operands:
+            out.fetch(*operand)
     (_sums_of_products if products else _sums_of_terms)(out, part, names)
     for path in paths if ptx else ():
         out.emit(f"{prefix}w{path} = opaque({prefix}w{path})")

@@ -216,10 +216,10 @@ class RadialMLP:
     def stages(self) -> dict[str, Callable[[], object]]:
         """What is timed, by name."""
         ops, (x,), rest = torch.ops.mace_triton, self.inputs.values(), (*self.weights.values(), self.NORM, self.mode)
-        out, z = ops.radial_mlp(x, *rest)
+        out, z = ops.radial_mlp(x, *rest, False)
         g = randn(out.shape, out.dtype, self.generator)
         return {
-            "forward": lambda: ops.radial_mlp(x, *rest),
+            "forward": lambda: ops.radial_mlp(x, *rest, False),
             "gradient of x": lambda: ops.radial_mlp_bwd(g, x, z, *rest),
         }
 

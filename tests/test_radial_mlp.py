@@ -169,10 +169,11 @@ def test_gradcheck_on_the_cpu():
 def test_opcheck(device):
     x, g, first, hidden = inputs(8, 16, 2, 5, "ieee", device)
     rest = (first, hidden, NORM, "ieee")
-    _, z = ops._fwd(x, *rest)
+    _, z = ops._fwd(x, *rest, True)
     torch.library.opcheck(ops._bwd, (g.requires_grad_(), x.clone().requires_grad_(), z, *rest))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")  # z has no gradient, by design
-    torch.library.opcheck(ops._fwd, (x.clone().requires_grad_(), *rest), test_utils=tests)
+    for keep_first in (False, True):
+        torch.library.opcheck(ops._fwd, (x.clone().requires_grad_(), *rest, keep_first), test_utils=tests)
 
 
 def test_summed_and_sliced_gradients(device):

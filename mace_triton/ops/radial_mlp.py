@@ -28,18 +28,19 @@ def _kernels():
 
 
 @torch.library.custom_op("mace_triton::radial_mlp", mutates_args=())
-def _fwd(x: Tensor, first: Tensor, hidden: Tensor, norm: float, mode: str) -> tuple[Tensor, Tensor]:
+def _fwd(x: Tensor, first: Tensor, hidden: Tensor, norm: float, mode: str, keep_first: bool) -> tuple[Tensor, Tensor]:
     which = dispatch.backend(x)
     dispatch.count("radial_mlp_fwd", which)
     if which == "reference":
-        return reference.radial_mlp(x, first, hidden, norm, mode)
-    return _kernels().forward(x.contiguous(), first.contiguous(), hidden.contiguous(), norm, mode)
+        h, z = reference.radial_mlp(x, first, hidden, norm, mode)
+        return h, z if keep_first else z[1:].clone()
+    return _kernels().forward(x.contiguous(), first.contiguous(), hidden.contiguous(), norm, mode, keep_first)
 
 
 @_fwd.register_fake
-def _(x, first, hidden, norm, mode):
+def _(x, first, hidden, norm, mode, keep_first):
     edges, width = x.shape[0], first.shape[1]
-    return x.new_empty(edges, width), x.new_empty(hidden.shape[0] + 1, edges, width)
+    return x.new_empty(edges, width), x.new_empty(hidden.shape[0] + keep_first, edges, width)
 
 
 @torch.library.custom_op("mace_triton::radial_mlp_bwd", mutates_args=())
@@ -47,8 +48,10 @@ def _bwd(g: Tensor, x: Tensor, z: Tensor, first: Tensor, hidden: Tensor, norm: f
     which = dispatch.backend(g)
     dispatch.count("radial_mlp_bwd", which)
     if which == "reference":
+        if z.shape[0] == hidden.shape[0]:  # without z_0
+            z = reference.radial_mlp(x, first, hidden, norm, mode)[1]
         return reference.radial_mlp_grad_x(g, z, first, hidden, norm, mode)
-    return _kernels().grad_x(g.contiguous(), z.contiguous(), first.contiguous(), hidden.contiguous(), norm, mode)
+    return _kernels().grad_x(*(t.contiguous() for t in (g, x, z, first, hidden)), norm, mode)
 
 
 @_bwd.register_fake
@@ -89,7 +92,7 @@ def _grads(
     if which == "reference":
         return reference.radial_mlp_grads(g, x, z, first, hidden, norm, mode)
     g, x, z, first, hidden = (t.contiguous() for t in (g, x, z, first, hidden))
-    gx, gz = _kernels().grads(g, z, first, hidden, norm, mode)
+    gx, gz = _kernels().grads(g, x, z, first, hidden, norm, mode)
     return gx, *_weights(x, z, [(own, None, None) for own in gz], norm, mode)
 
 
@@ -117,7 +120,7 @@ def _(a, g, x, z, first, hidden, norm, mode):
 
 
 def _setup_fwd(ctx, inputs, output):
-    x, first, hidden, ctx.norm, ctx.mode = inputs
+    x, first, hidden, ctx.norm, ctx.mode, _ = inputs
     ctx.save_for_backward(x, output[1], first, hidden)
     ctx.set_materialize_grads(False)
 
@@ -125,10 +128,10 @@ def _setup_fwd(ctx, inputs, output):
 def _fwd_backward(ctx, g, _):
     # z is handed out for this function only: `radial_mlp` drops it, so that its cotangent is always None.
     if g is None:
-        return (None,) * 5
+        return (None,) * 6
     if any(dispatch.wanted(ctx, number) for number in (1, 2)):
-        return *_grads(g, *ctx.saved_tensors, ctx.norm, ctx.mode), None, None
-    return _bwd(g, *ctx.saved_tensors, ctx.norm, ctx.mode), *(None,) * 4
+        return *_grads(g, *ctx.saved_tensors, ctx.norm, ctx.mode), None, None, None
+    return _bwd(g, *ctx.saved_tensors, ctx.norm, ctx.mode), *(None,) * 5
 
 
 def _setup_bwd(ctx, inputs, output):
@@ -210,4 +213,5 @@ def radial_mlp(x: Tensor, first: Tensor, hidden: Tensor, *, norm: float, mode: s
     Raises ValueError for a wrong shape, device or mode; TypeError for a dtype.
     """
     _check(x, first, hidden, mode)
-    return _fwd(x, first, hidden, norm, mode)[0]
+    trained = torch.is_grad_enabled() and (first.requires_grad or hidden.requires_grad)
+    return _fwd(x, first, hidden, norm, mode, trained)[0]
