@@ -6,6 +6,7 @@ Nothing in the report is typed by hand: every figure comes from bench/results/*.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -233,7 +234,7 @@ def card_section(card: str, runs, images: Path) -> Iterator[str]:
         if not timed:
             continue
         yield f"### {title}\n"
-        image = images / f"{'-'.join(card.lower().split())}-{block}.svg"
+        image = images / f"{'-'.join(card.lower().split())}-{'-'.join(re.findall(r'[a-z0-9_]+', block))}.svg"
         if plot(timed, f"{title}, {card}", image):
             yield f"![{title}](img/{image.name})\n"
         yield from (model_table if block.startswith("model") else block_table)(timed)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
 
 import torch
 
@@ -41,31 +38,3 @@ def wanted(ctx, argument: int) -> bool:
 def count(op: str, which: str) -> None:
     """Note that `op` ran on backend `which`."""
     calls[op, which] += 1
-
-
-@lru_cache(maxsize=8)
-def _second_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-@contextmanager
-def beside(results: list[torch.Tensor], like: torch.Tensor) -> Iterator[None]:
-    """Launch what is inside on a second stream of the GPU of `like`; `join` waits for it. On a CPU nothing changes.
-
-    For kernels that do not fill a GPU alone. results: the block appends the tensors it made that outlive it.
-    """
-    if not like.is_cuda:
-        yield
-        return
-    current, second = torch.cuda.current_stream(like.device), _second_stream(like.device)
-    second.wait_stream(current)
-    with torch.cuda.stream(second):
-        yield
-    for tensor in results:
-        tensor.record_stream(current)
-
-
-def join(like: torch.Tensor) -> None:
-    """Let the current stream wait for what `beside` launched."""
-    if like.is_cuda:
-        torch.cuda.current_stream(like.device).wait_stream(_second_stream(like.device))

@@ -85,19 +85,8 @@ def _bwd(
         gx, gweights = reference.symmetric_contraction_bwd(spec, *wide, coef, species)
         return gx.to(x.dtype) if wrt_x else none_x, gweights if wrt_weights else none_weights
     g, x, coef, plan = g.contiguous(), x.contiguous(), coef.contiguous(), SpeciesPlan(species, perm, ptr)
-    gweights = _grad_weights_beside(spec, g, x, plan, coef.dtype) if wrt_weights else none_weights
     gx = _kernels().grad_x(spec, g, x, coef, plan) if wrt_x else none_x
-    if wrt_weights:
-        dispatch.join(x)
-    return gx, gweights
-
-
-def _grad_weights_beside(spec, g: Tensor, x: Tensor, plan: SpeciesPlan, dtype: torch.dtype, a=None) -> Tensor:
-    """The gradient of the weights, launched beside what follows, until `dispatch.join`."""
-    found: list[Tensor] = []
-    with dispatch.beside(found, x):
-        found.append(_kernels().grad_weights(spec, g, x, plan, dtype, a))
-    return found[0]
+    return gx, _kernels().grad_weights(spec, g, x, plan, coef.dtype) if wrt_weights else none_weights
 
 
 @_bwd.register_fake
@@ -129,12 +118,9 @@ def _bwd_bwd(
     g, x, coef, a = (t.contiguous() for t in (g, x, coef, a))
     plan, kernels = SpeciesPlan(species, perm, ptr), _kernels()
     q = None if q is None else kernels.combine(spec, q.contiguous(), ptr)
-    dweights = _grad_weights_beside(spec, g, x, plan, coef.dtype, a) if wrt_weights else none_weights
     dg = kernels.forward(spec, x, coef, plan, a, q)
     dx = kernels.grad_x(spec, g, x, coef, plan, a, q)
-    if wrt_weights:
-        dispatch.join(x)
-    return dg, dx, dweights
+    return dg, dx, kernels.grad_weights(spec, g, x, plan, coef.dtype, a) if wrt_weights else none_weights
 
 
 @_bwd_bwd.register_fake
