@@ -1,8 +1,9 @@
 """Edge vectors on our kernel in a model whose forward stays MACE's own.
 
 MACE computes them in a function, not in a module that could be replaced, and the gradient of its `positions[receiver]`
-sorts all edges anew in every pass: 30 of a step's launches. So a function of ours stands in for MACE's while an
-accelerated model runs, and only then. Another model that runs meanwhile, in another thread, gets the same numbers.
+sorts all edges anew in every pass: most of the launches that vectors and their gradient take. So a function of ours
+stands in for MACE's while an accelerated model runs, and only then. Another model that runs meanwhile, in another
+thread, gets the same numbers.
 """
 
 from __future__ import annotations
