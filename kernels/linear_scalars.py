@@ -3,8 +3,10 @@
     out[n, w] = scale alpha sum_u x[n, u] W[u, w] + bias[w]          gx[n, u] = scale alpha sum_w g[n, w] W[u, w]
 
 The work is to write out and to read g. Forward: a program keeps one block of columns of W and walks over the rows, so
-that W is rounded once and the rows' tiles are the only operands that move. Transposed: a program owns BLOCK_M rows and
-all of gx and walks over the columns. Both write what type they are given; g may be stored in 16 bits.
+that W is rounded once and the rows' tiles are the only operands that move; the next one is asked for before the
+products of the one at hand. Transposed: a program owns BLOCK_M rows and all of gx and walks over the columns. Both
+write what type they are given; g may be stored in 16 bits. Where the GPU has units that move tiles by themselves (BULK,
+Hopper's TMA) they move those of out and g: no addresses to compute, and a program goes on while its tile is written.
 
 For "tf32x3" W comes as W' + W'' (see `products.dot`), split by a kernel of its own before either starts.
 """
@@ -17,6 +19,7 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tiles
 from .products import dot_tf32, interpreting, round_tf32
@@ -75,59 +78,80 @@ def _weights(w_ptr, u, column, width, size, MODE: tl.constexpr):
         return high, high
 
 
+@triton.jit
+def _rows_of_x(x_ptr, first, rows, K: tl.constexpr, BLOCK_M: tl.constexpr):
+    """x [BLOCK_M, K] from row `first` on, zero beyond the last row."""
+    row = tl.arange(0, BLOCK_M)[:, None]
+    return tl.load(
+        x_ptr + first.to(tl.int64) * K + (row * K + tl.arange(0, K)[None, :]), mask=row < rows - first, other=0.0
+    )
+
+
 @triton.jit(do_not_specialize=["rows"])
 def linear_scalars_fwd_kernel(
     x_ptr,  # [rows, K]
     w_ptr,  # [K, width], or [2, K, width]
     bias_ptr,  # [width]
-    out_ptr,  # [rows, width]
+    out_ptr,  # [rows, width], or its descriptor
     rows,
     width,
     scale,
     HAS_BIAS: tl.constexpr,
+    BULK: tl.constexpr,
     MODE: tl.constexpr,
     INTERPRET: tl.constexpr,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    u, column = tl.arange(0, K), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_column = tl.program_id(1) * BLOCK_N
+    u, column = tl.arange(0, K), first_column + tl.arange(0, BLOCK_N)
     high, low = _weights(w_ptr, u, column, width, K * width, MODE)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + column, mask=column < width, other=0.0)[None, :]
-    for first in range(tl.program_id(0) * BLOCK_M, rows, tl.num_programs(0) * BLOCK_M):
-        row = first + tl.arange(0, BLOCK_M)
-        inside = (row < rows)[:, None]
-        x = tl.load(x_ptr + row[:, None] * K + u[None, :], mask=inside, other=0.0)
+    start, step = tl.program_id(0) * BLOCK_M, tl.num_programs(0) * BLOCK_M
+    x = _rows_of_x(x_ptr, start, rows, K, BLOCK_M)
+    for first in range(start, rows, step):
+        ahead = _rows_of_x(x_ptr, first + step, rows, K, BLOCK_M)
         acc = _dot(x, high.T, low.T, tl.zeros((BLOCK_M, BLOCK_N), tl.float32), MODE, INTERPRET) * scale
+        x = ahead
         if HAS_BIAS:
             acc += bias
-        place = row.to(tl.int64)[:, None] * width + column[None, :]
-        tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=inside & (column < width)[None, :])
+        if BULK:
+            out_ptr.store([first, first_column], acc.to(out_ptr.dtype))
+        else:
+            row = first + tl.arange(0, BLOCK_M)
+            place = row.to(tl.int64)[:, None] * width + column[None, :]
+            mask = (row < rows)[:, None] & (column < width)[None, :]
+            tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def linear_scalars_bwd_kernel(
-    g_ptr,  # [rows, width]
+    g_ptr,  # [rows, width], or its descriptor
     w_ptr,  # [K, width], or [2, K, width]
     gx_ptr,  # [rows, K]
     rows,
     width,
     scale,
+    BULK: tl.constexpr,
     MODE: tl.constexpr,
     INTERPRET: tl.constexpr,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    row, u = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, K)
+    first_row = tl.program_id(0) * BLOCK_M
+    row, u = first_row + tl.arange(0, BLOCK_M), tl.arange(0, K)
     inside = (row < rows)[:, None]
-    g_row = g_ptr + row.to(tl.int64)[:, None] * width
     acc = tl.zeros((BLOCK_M, K), tl.float32)
     for first in range(0, width, BLOCK_N):
         column = first + tl.arange(0, BLOCK_N)
         mask = (column < width)[None, :]
-        g = tl.load(g_row + column[None, :], mask=inside & mask, other=0.0)
+        if BULK:
+            g = g_ptr.load([first_row, first])
+        else:
+            g = tl.load(g_ptr + row.to(tl.int64)[:, None] * width + column[None, :], mask=inside & mask, other=0.0)
         place = u[:, None] * width + column[None, :]
         high = tl.load(w_ptr + place, mask=mask, other=0.0)
         low = high
@@ -139,7 +163,7 @@ def linear_scalars_bwd_kernel(
             acc += _dot(g, high.T, low.T, tl.zeros_like(acc), MODE, INTERPRET)
         else:
             acc = _dot(g, high.T, low.T, acc, MODE, INTERPRET)
-    tl.store(gx_ptr + row[:, None] * K + u[None, :], acc * scale, mask=inside)
+    tl.store(gx_ptr + row.to(tl.int64)[:, None] * K + u[None, :], acc * scale, mask=inside)
 
 
 def fits(problem, mode: str) -> bool:
@@ -170,6 +194,17 @@ def _operand(weight: torch.Tensor, mode: str) -> torch.Tensor:
     return split(weight) if mode == "tf32x3" and weight.ndim == 1 else weight
 
 
+def _moved(wide: torch.Tensor, tile: tiles.Tile):
+    """`wide` [rows, width] as the kernels get it: its descriptor where units of the GPU can move its tiles.
+
+    They are there from Hopper on (and in the interpreter), and want rows that start at multiples of 16 bytes.
+    """
+    able = interpreting() or torch.cuda.get_device_capability(wide.device)[0] >= 9
+    if able and wide.data_ptr() % 16 == 0 and wide.shape[1] * wide.element_size() % 16 == 0:
+        return TensorDescriptor.from_tensor(wide, [tile["BLOCK_M"], tile["BLOCK_N"]])
+    return wide
+
+
 def _constants(problem, mode: str, tile: tiles.Tile) -> dict:
     launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     blocks = {name: tile[name] for name in ("BLOCK_M", "BLOCK_N")}
@@ -186,17 +221,18 @@ def forward(problem, x, weight, bias, mode: str, scale: float, out_dtype: torch.
     columns = triton.cdiv(width, tile["BLOCK_N"])
     walkers = max(1, tile["PER_PROCESSOR"] * _processors(x.device) // columns)
     grid = (min(walkers, triton.cdiv(rows, tile["BLOCK_M"])), columns)
-    weight, factor = _operand(weight, mode), scale * problem.blocks[0].alpha
+    weight, factor, moved = _operand(weight, mode), scale * problem.blocks[0].alpha, _moved(out, tile)
     with torch.cuda.device_of(x):
         linear_scalars_fwd_kernel[grid](
             x,
             weight,
             x if bias is None else bias,
-            out,
+            moved,
             rows,
             width,
             factor,
             HAS_BIAS=bias is not None,
+            BULK=moved is not out,
             **_constants(problem, mode, tile),
         )
     return out
@@ -209,10 +245,10 @@ def grad_x(problem, grad: torch.Tensor, weight: torch.Tensor, mode: str, scale: 
     if gx.numel() == 0:
         return gx
     tile = tiles.choose("linear_scalars_bwd", mode=mode, narrow=problem.dim_in, width=width, rows=rows)
-    weight, factor = _operand(weight, mode), scale * problem.blocks[0].alpha
+    weight, factor, moved = _operand(weight, mode), scale * problem.blocks[0].alpha, _moved(grad, tile)
     with torch.cuda.device_of(grad):
         linear_scalars_bwd_kernel[(triton.cdiv(rows, tile["BLOCK_M"]),)](
-            grad, weight, gx, rows, width, factor, **_constants(problem, mode, tile)
+            moved, weight, gx, rows, width, factor, BULK=moved is not grad, **_constants(problem, mode, tile)
         )
     return gx
 
@@ -229,12 +265,15 @@ def offline_cases(target: str = "sm_90") -> list:
                 call = {"mode": mode, "narrow": narrow, "width": 1280, "rows": 129470}
                 tile = tiles.choose(f"linear_scalars_{op}", arch=target, **call)
                 pointers = {"x_ptr": "*fp32", "bias_ptr": "*fp32"} if op == "fwd" else {"gx_ptr": "*fp32"}
-                pointers |= {"w_ptr": low, wide: stored}
-                signature = pointers | {"rows": "i32", "width": "i32", "scale": "fp32"}
-                constants = {"MODE": mode, "INTERPRET": False, "K": narrow}
+                pointers["w_ptr"] = low
+                bulk = int(target[3:]) >= 90
+                moved = f"tensordesc<{stored[1:]}[{tile['BLOCK_M']},{tile['BLOCK_N']}]>" if bulk else stored
+                signature = pointers | {wide: moved, "rows": "i32", "width": "i32", "scale": "fp32"}
+                constants = {"BULK": bulk, "MODE": mode, "INTERPRET": False, "K": narrow}
                 constants |= {name: tile[name] for name in ("BLOCK_M", "BLOCK_N")}
                 constants |= {"HAS_BIAS": False} if op == "fwd" else {}
-                launch = (constants, tile.num_warps, tile.num_stages, (*pointers, "width"))
+                divisible = (*pointers, "width") if bulk else (*pointers, wide, "width")
+                launch = (constants, tile.num_warps, tile.num_stages, divisible)
                 title = f"linear_scalars_{op} {mode} {stored[1:]} from {narrow}"
                 cases.append(Case(title, "linear_scalars", f"linear_scalars_{op}_kernel", signature, *launch))
     return cases

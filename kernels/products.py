@@ -141,14 +141,18 @@ def dot(a, b, acc, MODE: tl.constexpr, INTERPRET: tl.constexpr):
 @triton.jit
 def exp(x):
     """exp(x) to the last bits: 2^n 2^f with |f| <= 1/2, as the fast exponential of x itself would lose a bit for each
-    doubling of x."""
+    doubling of x. In FP32 x is taken to lie in -87 .. 87, where neither the result nor its inverse over- or underflows.
+    """
     if x.dtype == tl.float64:
         return tl.exp(x)
     else:
-        n = tl.floor(1.4426950216293335 * x + 0.5)
+        x = tl.clamp(x, -87.0, 87.0, propagate_nan=tl.PropagateNan.ALL)
+        shifted = tl.fma(x, tl.full(x.shape, 1.4426950216293335, tl.float32), tl.full(x.shape, 12582912.0, tl.float32))
+        n = shifted - 12582912.0  # 1.5 * 2^23: adding it rounded to an integer, which its last bits are
         f = tl.fma(x, tl.full(x.shape, 1.4426950216293335, tl.float32), -n)  # log2(e) in two parts
         f = tl.fma(x, tl.full(x.shape, 1.9259629911266175e-08, tl.float32), f)
-        return tl.exp2(n) * tl.exp2(f)
+        power = ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)  # 2^n
+        return power * tl.exp2(f)
 
 
 @triton.jit

@@ -38,7 +38,9 @@ def sigmoid(z):
     if z.dtype == tl.float64:
         return 1.0 / (1.0 + exp(-z))
     else:
-        return tl.div_rn(tl.full(z.shape, 1.0, tl.float32), 1.0 + exp(-z))
+        d = 1.0 + exp(-z)
+        s = 1.0 / d  # good to two units in the last place; a step of Newton's removes them, without div_rn's branches
+        return tl.fma(s, tl.fma(-d, s, tl.full(z.shape, 1.0, tl.float32)), s)
 
 
 @triton.jit
@@ -147,25 +149,18 @@ def radial_mlp_bwd_kernel(
     edge = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     place, inside = rows_of(edge, n_edges, HIDDEN)
     gh = tl.load(g_ptr + place, mask=inside, other=0.0)
-    if TRAINED:
-        for back in range(0, LAYERS - 1):  # not unrolled, which takes more registers than there are
-            number = LAYERS - 1 - back
-            z = tl.load(z_ptr + (number - 1 + KEEP_FIRST) * size + place, mask=inside, other=0.0)
-            gz = _through_silu(gh, z, NORM)
+    for back in range(0, LAYERS - 1):  # not unrolled, which takes more registers than there are
+        number = LAYERS - 1 - back
+        z = tl.load(z_ptr + (number - 1 + KEEP_FIRST) * size + place, mask=inside, other=0.0)
+        gz = _through_silu(gh, z, NORM)
+        if TRAINED:
             tl.store(gz_ptr + number * size + place, gz, mask=inside)
-            gh = layer(gz, hidden_weights(hidden_ptr, number, True, HIDDEN), MODE, INTERPRET)
-    else:
-        for back in tl.static_range(0, LAYERS - 1):
-            number = LAYERS - 1 - back
-            z = tl.load(z_ptr + (number - 1 + KEEP_FIRST) * size + place, mask=inside, other=0.0)
-            gz = _through_silu(gh, z, NORM)
-            gh = layer(gz, hidden_weights(hidden_ptr, number, True, HIDDEN), MODE, INTERPRET)
+        gh = layer(gz, hidden_weights(hidden_ptr, number, True, HIDDEN), MODE, INTERPRET)
     if KEEP_FIRST:
         z = tl.load(z_ptr + place, mask=inside, other=0.0)
     else:
         x = _load_features(x_ptr, edge, n_edges, width_in, BLOCK_IN)
-        SAME: tl.constexpr = "ieee" if MODE == "tf32x3" else MODE  # as the forward pass made it, see `_operands`
-        z = layer(x, _first_weights(first_ptr, width_in, False, BLOCK_IN, HIDDEN), SAME, INTERPRET)
+        z = layer(x, _first_weights(first_ptr, width_in, False, BLOCK_IN, HIDDEN), MODE, INTERPRET)
     gz = _through_silu(gh, z, NORM)
     if TRAINED:
         tl.store(gz_ptr + place, gz, mask=inside)

@@ -62,10 +62,10 @@ def nodes_of_tile(ptr_ptr, number, size, SPECIES: tl.constexpr, PAD: tl.constexp
 @triton.jit(do_not_specialize=["size"])
 def tile_sum_kernel(part_ptr, ptr_ptr, out_ptr, size, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """out[z] = sum of the tiles of species z; zero without any."""
-    z = tl.program_id(0)
+    z = tl.program_id(1)  # the slower one: species with tiles shall not wait for those without, if those come later
     start = tl.load(ptr_ptr + z)
     count = tl.cdiv(tl.load(ptr_ptr + z + 1) - start, size)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     out = out_ptr + z.to(tl.int64) * width + column
     if count == 0:  # most of a table of 89 species
         tl.store(out, tl.zeros([1, BLOCK], part_ptr.dtype.element_ty), mask=column < width)
@@ -85,7 +85,7 @@ def sum_tiles(partial: torch.Tensor, ptr: torch.Tensor, size: int) -> torch.Tens
     out = torch.empty((species, *partial.shape[1:]), dtype=partial.dtype, device=partial.device)
     tile = tiles.choose("tile_sum", dtype=tiles.TAGS[partial.dtype], width=width)
     with torch.cuda.device_of(partial):
-        tile_sum_kernel[(species, triton.cdiv(width, tile["BLOCK"]))](
+        tile_sum_kernel[(triton.cdiv(width, tile["BLOCK"]), species)](
             *(partial, ptr, out, size, width), **dict(tile.block), num_warps=tile.num_warps
         )
     return out

@@ -38,32 +38,34 @@ PACK = tl.constexpr(source.PACK)
 @triton.jit
 def symmetric_contraction_combine_kernel(
     weights_ptr,
-    path_ptr,
+    offset_ptr,
+    stride_ptr,
     factor_ptr,
     ptr_ptr,
     coef_ptr,
     width,
-    paths,
     longest,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """coef[z, t, c] = sum of factor[t, i] weights[z, path[t, i], c], in the order [row, C, PACK] of one species.
+    """coef[z, t, c] = sum over i of factor[t, i] weights[offset[t, i] + z stride[t, i] + c], in the order
+    [row, C, PACK] of one species.
 
     A row of the table has `longest` entries, filled up with zeros. Nothing is written for species without nodes.
     """
-    z = tl.program_id(0)
+    z = tl.program_id(1)
     if tl.load(ptr_ptr + z) == tl.load(ptr_ptr + z + 1):
         return
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = place < width
     term, channel = place // (C * PACK) * PACK + place % PACK, place // PACK % C
-    weights = weights_ptr + z.to(tl.int64) * paths * C + channel
     total = tl.zeros([BLOCK], weights_ptr.dtype.element_ty)
     for i in range(longest):
-        path = tl.load(path_ptr + term * longest + i, mask=mask, other=0)
-        factor = tl.load(factor_ptr + term * longest + i, mask=mask, other=0.0)
-        total += factor * tl.load(weights + path * C, mask=mask, other=0.0)
+        entry = term * longest + i
+        offset = tl.load(offset_ptr + entry, mask=mask, other=0)
+        offset += z.to(tl.int64) * tl.load(stride_ptr + entry, mask=mask, other=0) + channel
+        factor = tl.load(factor_ptr + entry, mask=mask, other=0.0)
+        total += factor * tl.load(weights_ptr + offset, mask=mask, other=0.0)
     tl.store(coef_ptr + z.to(tl.int64) * width + place, total, mask=mask)
 
 
@@ -80,32 +82,38 @@ def _weights_kernels(problem, ptx: bool, registers: int, tangent: bool, products
 
 
 @lru_cache(maxsize=256)
-def _table(problem, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(path, factor) [rows * PACK, longest] of every term, filled up with zeros."""
-    longest = max(map(len, problem.table), default=1) or 1
+def _table(problem, pieces: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device):
+    """(offset, stride, factor) [rows * PACK, longest] of every term, filled up with zeros.
+
+    pieces: how many elements behind the first tensor of weights each one starts, and its paths.
+    """
+    channels, longest = problem.channels, max(map(len, problem.table), default=1) or 1
+    places = [(start + k * channels, paths * channels) for start, paths in pieces for k in range(paths)] or [(0, 0)]
     rows = [*problem.table, *((),) * (problem.rows * source.PACK - len(problem.table))]
-    filled = [(*row, *((0, 0.0),) * (longest - len(row))) for row in rows]
-    path = torch.tensor([[k for k, _ in row] for row in filled], dtype=torch.int32, device=device)
-    return path, torch.tensor([[factor for _, factor in row] for row in filled], dtype=dtype, device=device)
+    filled = [[(*places[k], factor) for k, factor in (*row, *((0, 0.0),) * (longest - len(row)))] for row in rows]
+    columns = zip((0, 1, 2), (torch.int64, torch.int32, dtype), strict=True)
+    return tuple(torch.tensor([[e[i] for e in row] for row in filled], dtype=t, device=device) for i, t in columns)
 
 
-def combine(problem, weights: torch.Tensor, ptr: torch.Tensor | None) -> torch.Tensor:
-    """The coefficients [Z, rows, C, PACK] for weights [Z, paths, C].
+def combine(problem, weights: list[torch.Tensor], ptr: torch.Tensor | None) -> torch.Tensor:
+    """The coefficients [Z, rows, C, PACK] for weights [Z, paths, C], given in pieces along the paths, contiguous.
 
     Those of species that have no node by `ptr` [Z + 1] stay unwritten: nobody reads them. ptr None: all are made.
     """
-    shape = (weights.shape[0], problem.rows, problem.channels, source.PACK)
-    out = torch.empty(shape, dtype=weights.dtype, device=weights.device)
+    base = weights[0]
+    shape = (base.shape[0], problem.rows, problem.channels, source.PACK)
+    out = torch.empty(shape, dtype=base.dtype, device=base.device)
     width = out.shape[1:].numel()
     if out.numel() == 0:
         return out
     if ptr is None:
-        ptr = torch.arange(shape[0] + 1, dtype=torch.int32, device=weights.device)  # as if each had a node
-    path, factor = _table(problem, weights.dtype, weights.device)
-    tile = tiles.choose("symmetric_contraction_combine", dtype=tiles.TAGS[weights.dtype])
-    with torch.cuda.device_of(weights):  # Triton launches on the current device
-        symmetric_contraction_combine_kernel[(shape[0], triton.cdiv(width, tile["BLOCK"]))](
-            *(weights, path, factor, ptr, out, width, problem.paths, path.shape[1]),
+        ptr = torch.arange(shape[0] + 1, dtype=torch.int32, device=base.device)  # as if each had a node
+    pieces = tuple(((w.data_ptr() - base.data_ptr()) // base.element_size(), w.shape[1]) for w in weights)
+    offset, stride, factor = _table(problem, pieces, base.dtype, base.device)
+    tile = tiles.choose("symmetric_contraction_combine", dtype=tiles.TAGS[base.dtype])
+    with torch.cuda.device_of(base):  # Triton launches on the current device
+        symmetric_contraction_combine_kernel[(triton.cdiv(width, tile["BLOCK"]), shape[0])](
+            *(base, offset, stride, factor, ptr, out, width, offset.shape[1]),
             C=problem.channels,
             BLOCK=tile["BLOCK"],
             num_warps=tile.num_warps,
@@ -231,8 +239,8 @@ def _plain_cases(problem, target: str, dtype: str) -> list:
     """The kernels that are not generated: what is before the polynomials and what is after them."""
     from .offline import Case
 
-    signature = {"path_ptr": "*i32", "factor_ptr": f"*{dtype}", "weights_ptr": f"*{dtype}", "coef_ptr": f"*{dtype}"}
-    signature |= {"ptr_ptr": "*i32", "width": "i32", "paths": "i32", "longest": "i32"}
+    signature = {f"{name}_ptr": f"*{dtype}" for name in ("factor", "weights", "coef")}
+    signature |= {"offset_ptr": "*i64", "stride_ptr": "*i32", "ptr_ptr": "*i32", "width": "i32", "longest": "i32"}
     tile = tiles.choose("symmetric_contraction_combine", dtype=dtype, arch=target)
     divisible = tuple(name for name, kind in signature.items() if kind.startswith("*"))
     launch = (dict(tile.block) | {"C": problem.channels}, tile.num_warps, tile.num_stages, divisible)

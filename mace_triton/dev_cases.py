@@ -404,9 +404,9 @@ class SymmetricContraction:
         ops, (x, w) = torch.ops.mace_triton, self.inputs.values()
         g = randn((self.nodes, self.problem.dim_out, self.problem.channels), x.dtype, self.generator)
         plan, key = self.plan, self.problem.key
-        coef = ops.symmetric_contraction_combine(w, plan.ptr, key)
+        coef = ops.symmetric_contraction_combine([w], plan.ptr, key)
         return {
-            "coefficients": lambda: ops.symmetric_contraction_combine(w, plan.ptr, key),
+            "coefficients": lambda: ops.symmetric_contraction_combine([w], plan.ptr, key),
             "forward": lambda: ops.symmetric_contraction(x, w, coef, *plan, key),
             "gradient of x": lambda: ops.symmetric_contraction_bwd(g, x, w, coef, *plan, key, True, False),
             "gradient of weights": lambda: ops.symmetric_contraction_bwd(g, x, w, coef, *plan, key, False, True),

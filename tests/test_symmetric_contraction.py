@@ -138,7 +138,7 @@ def test_any_polynomial(channels, dim_in, dim_out, degree, terms, nodes, paths, 
     species = [i * i % 3 for i in range(nodes)]
     data, graph = operands(problem, species, 3, torch.float64, device), plan(species, 3, device)
     x, w, g, a, q = (data[key] for key in ("x", "w", "g", "a", "q"))
-    coef, direct = kernels.combine(problem, w, graph.ptr), torch.zeros_like(g)
+    coef, direct = kernels.combine(problem, [w], graph.ptr), torch.zeros_like(g)
     for number, ((m, monomial), row) in enumerate(zip(problem.terms, problem.table, strict=True)):
         product = torch.stack([x[:, i] for i in monomial]).prod(dim=0)
         own = sum(factor * w[species, path] for path, factor in row)
@@ -157,8 +157,8 @@ def test_any_polynomial(channels, dim_in, dim_out, degree, terms, nodes, paths, 
             kernels.forward(problem, x, coef, graph),
             kernels.grad_x(problem, g, x, coef, graph),
             kernels.grad_weights(problem, g, x, graph, torch.float64),
-            kernels.forward(problem, x, coef, graph, a, kernels.combine(problem, q, graph.ptr)),
-            kernels.grad_x(problem, g, x, coef, graph, a, kernels.combine(problem, q, graph.ptr)),
+            kernels.forward(problem, x, coef, graph, a, kernels.combine(problem, [q], graph.ptr)),
+            kernels.grad_x(problem, g, x, coef, graph, a, kernels.combine(problem, [q], graph.ptr)),
             kernels.grad_weights(problem, g, x, graph, torch.float64, a),
         ]
         without_q = kernels.grad_x(problem, g, x, coef, graph, a)
@@ -212,7 +212,7 @@ def test_opcheck(device):
     data, graph = operands(problem, species, 2, torch.float32, device), plan(species, 2, device)
     x, w, g = (data[key].requires_grad_() for key in ("x", "w", "g"))
     coef = combine(problem, w)
-    torch.library.opcheck(ops._combine, (w.detach(), graph.ptr, problem.key), test_utils=("test_schema",))
+    torch.library.opcheck(ops._combine, ([w.detach()], graph.ptr, problem.key), test_utils=("test_schema",))
     torch.library.opcheck(ops._fwd, (x, w, coef, *graph, problem.key))
     torch.library.opcheck(ops._fwd, (x, None, coef, *graph, problem.key))
     torch.library.opcheck(ops._bwd, (g, x, w, coef, *graph, problem.key, True, True))
@@ -230,6 +230,27 @@ def test_strided_and_expanded_operands(device):
     assert torch.equal(out, dense)
     expanded = torch.autograd.grad(out.sum(), leaf, retain_graph=True)[0]
     assert torch.equal(expanded, torch.autograd.grad(out, leaf, torch.ones_like(out))[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_weights_in_pieces(dtype, device):
+    """Pieces along the paths, one strided and one empty, are the whole tensor, to both derivatives."""
+    problem, species = problem_with(30), [1, 0, 1, 1]
+    data, graph = operands(problem, species, 2, dtype, device), plan(species, 2, device)
+    whole = data["w"].clone().requires_grad_()
+    strided = data["w"][:, 3:].transpose(0, 1).contiguous().transpose(0, 1)
+    pieces = [t.clone(memory_format=torch.preserve_format) for t in (data["w"][:, :1], data["w"][:, :0])]
+    pieces = [t.requires_grad_() for t in (*pieces, data["w"][:, 1:3].clone(), strided)]
+    found = []
+    for weights in (whole, pieces):
+        x, asked = data["x"].clone().requires_grad_(), [whole] if weights is whole else pieces
+        out = symmetric_contraction(problem, x, weights, graph)
+        (gx,) = torch.autograd.grad(out, x, data["g"], create_graph=True)
+        grads = [torch.autograd.grad(f.square().sum(), asked, retain_graph=True) for f in (out, gx)]
+        found.append((out, gx, *(torch.cat(g, dim=1) for g in grads)))
+    for got, exact in zip(*found, strict=True):
+        assert torch.equal(got, exact)
+    assert torch.equal(combine(problem, pieces), combine(problem, whole))
 
 
 def test_the_same_bits_every_run(device):
@@ -264,6 +285,11 @@ def test_species_plan_sorts_and_remembers():
         ({"weights": torch.zeros(2, 1, 5)}, ValueError, "weights must have shape"),
         ({"weights": torch.zeros(2, 7, 5, device="meta")}, ValueError, "weights is on meta"),
         ({"weights": None}, ValueError, "weights: give them, or coef"),
+        ({"weights": []}, ValueError, "weights must have shape"),
+        ({"weights": [torch.zeros(2, 3, 5), torch.zeros(2, 3, 5)]}, ValueError, "weights must have shape"),
+        ({"weights": [torch.zeros(2, 3, 5), torch.zeros(1, 4, 5)]}, ValueError, "weights must have shape"),
+        ({"weights": [torch.zeros(2, 3, 5), torch.zeros(2, 4, 5).double()]}, TypeError, "convert them to one"),
+        ({"weights": [torch.zeros(2, 3, 5), torch.zeros(2, 4, 5, device="meta")]}, ValueError, "move them together"),
         ({"coef": torch.zeros(2, 1, 5, 4)}, ValueError, "coef must have shape"),
         ({"coef": torch.zeros(2, 4, 5, 4).double()}, TypeError, "coef must be torch.float32"),
         ({"plan": plan_of(torch.tensor([0, 1]), 2)}, ValueError, "plan: it was made for 2 nodes"),

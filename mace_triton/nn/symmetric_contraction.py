@@ -160,10 +160,9 @@ class SymmetricContraction(mace_contraction.SymmetricContraction):
         parameters = parameters_of(self)
         return self._coefficients.get(parameters, lambda: combine(self.problem, self._weights(parameters)))
 
-    def _weights(self, parameters: list[torch.Tensor]) -> torch.Tensor:
-        """The weights of the problem, [species, paths, C]."""
-        packed = torch.cat(parameters, dim=1)
-        return packed if self.mix is None else self.mix @ packed
+    def _weights(self, parameters: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The weights of the problem, [species, paths, C], in pieces along the paths."""
+        return parameters if self.mix is None else [self.mix @ torch.cat(parameters, dim=1)]
 
     def restore(self) -> mace_contraction.SymmetricContraction:
         """MACE's module with the same tensors."""

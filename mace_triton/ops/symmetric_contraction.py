@@ -10,6 +10,9 @@ GPU tensors (and, under Triton's interpreter, CPU tensors) run `kernels/symmetri
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -34,18 +37,18 @@ def _kernels():
 
 
 @torch.library.custom_op("mace_triton::symmetric_contraction_combine", mutates_args=())
-def _combine(weights: Tensor, ptr: Tensor | None, problem: str) -> Tensor:
-    spec, which = SymmetricContractionProblem.from_key(problem), dispatch.backend(weights)
+def _combine(weights: Sequence[Tensor], ptr: Tensor | None, problem: str) -> Tensor:
+    spec, which = SymmetricContractionProblem.from_key(problem), dispatch.backend(weights[0])
     dispatch.count("symmetric_contraction_combine", which)
     if which == "reference":
-        return reference.combine(spec, weights)
-    return _kernels().combine(spec, weights.contiguous(), ptr)
+        return reference.combine(spec, torch.cat(weights, dim=1))
+    return _kernels().combine(spec, [w.contiguous() for w in weights], ptr)
 
 
 @_combine.register_fake
 def _(weights, ptr, problem):
     spec = SymmetricContractionProblem.from_key(problem)
-    return weights.new_empty(weights.shape[0], spec.rows, spec.channels, PACK)
+    return weights[0].new_empty(weights[0].shape[0], spec.rows, spec.channels, PACK)
 
 
 @torch.library.custom_op("mace_triton::symmetric_contraction", mutates_args=())
@@ -117,7 +120,7 @@ def _bwd_bwd(
         return dg.to(g.dtype), dx.to(x.dtype), dweights if wrt_weights else none_weights
     g, x, coef, a = (t.contiguous() for t in (g, x, coef, a))
     plan, kernels = SpeciesPlan(species, perm, ptr), _kernels()
-    q = None if q is None else kernels.combine(spec, q.contiguous(), ptr)
+    q = None if q is None else kernels.combine(spec, [q.contiguous()], ptr)
     dg = kernels.forward(spec, x, coef, plan, a, q)
     dx = kernels.grad_x(spec, g, x, coef, plan, a, q)
     return dg, dx, kernels.grad_weights(spec, g, x, plan, coef.dtype, a) if wrt_weights else none_weights
@@ -158,42 +161,92 @@ _fwd.register_autograd(_fwd_backward, setup_context=_setup_fwd)
 _bwd.register_autograd(_bwd_backward, setup_context=_setup_bwd)
 
 
-def _check_table(name: str, table: Tensor, wanted: list[int], x: Tensor) -> None:
-    if list(table.shape) != wanted:
-        raise ValueError(f"{name} must have shape {wanted} for this problem and plan, got {list(table.shape)}")
+def _check_like(name: str, table: Tensor, x: Tensor) -> None:
     if table.device != x.device:
         raise ValueError(f"{name} is on {table.device}, x on {x.device}: move them together")
     if table.dtype != STORAGE[x.dtype]:
         raise TypeError(f"{name} must be {STORAGE[x.dtype]} when x is {x.dtype}, got {table.dtype}")
 
 
-def combine(problem: SymmetricContractionProblem, weights: Tensor, plan: SpeciesPlan | None = None) -> Tensor:
+@lru_cache(maxsize=16)
+def _unknown(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((), torch.nan, dtype=dtype, device=device)
+
+
+class _AsOne(torch.autograd.Function):
+    """Pieces [Z, paths of the piece, C] of the weights as one tensor that a gradient can be asked of.
+
+    It saves the copy: nothing of it is ever read, since the kernels take the coefficients. Its values are NaN.
+    """
+
+    @staticmethod
+    def forward(ctx, *pieces):
+        ctx.paths = [piece.shape[1] for piece in pieces]
+        z, _, channels = pieces[0].shape
+        return _unknown(pieces[0].dtype, pieces[0].device).expand(z, sum(ctx.paths), channels)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.split(ctx.paths, dim=1)
+
+
+def _as_one(pieces: list[Tensor]) -> Tensor:
+    if len(pieces) == 1:
+        return pieces[0]
+    return torch.cat(pieces, dim=1) if torch.compiler.is_compiling() else _AsOne.apply(*pieces)
+
+
+def _pieces(
+    problem: SymmetricContractionProblem, weights: Tensor | Sequence[Tensor], count: int | None
+) -> list[Tensor]:
+    """The weights [Z, paths, C] as a list of pieces; `count` is Z, where it is known."""
+    pieces = [weights] if isinstance(weights, Tensor) else list(weights)
+    shapes = [list(piece.shape) for piece in pieces]
+    species = shapes[0][0] if count is None and shapes and shapes[0] else count
+    wanted = [species, problem.paths, problem.channels]
+    fits = all(len(shape) == 3 and [shape[0], shape[2]] == wanted[::2] for shape in shapes)
+    if not fits or sum(shape[1] for shape in shapes) != problem.paths or not pieces:
+        raise ValueError(f"weights must have shape {wanted} for this problem, got {' and '.join(map(str, shapes))}")
+    for piece in pieces[1:]:
+        _check_same(piece, pieces[0])
+    return pieces
+
+
+def _check_same(piece: Tensor, first: Tensor) -> None:
+    if piece.device != first.device:
+        raise ValueError(f"weights: pieces are on {first.device} and {piece.device}, move them together")
+    if piece.dtype != first.dtype:
+        raise TypeError(f"weights: pieces are {first.dtype} and {piece.dtype}, convert them to one")
+
+
+def combine(
+    problem: SymmetricContractionProblem, weights: Tensor | Sequence[Tensor], plan: SpeciesPlan | None = None
+) -> Tensor:
     """The coefficients [Z, problem.rows, C, PACK] of the terms for weights [Z, problem.paths, C], without gradient.
 
-    plan: only the coefficients of species that have nodes there are made, the others' are arbitrary.
+    weights may come in pieces along the paths. plan: only the coefficients of species that have nodes there are made,
+    the others' are arbitrary.
 
-    Raises ValueError (shape) naming the argument.
+    Raises ValueError (shape, device) or TypeError (dtype) naming the argument.
     """
-    count = weights.shape[0] if plan is None else plan.count
-    wanted = [count, problem.paths, problem.channels]
-    if list(weights.shape) != wanted:
-        raise ValueError(f"weights must have shape {wanted} for this problem, got {list(weights.shape)}")
-    return _combine(weights.detach(), None if plan is None else plan.ptr, problem.key)
+    pieces = _pieces(problem, weights, None if plan is None else plan.count)
+    return _combine([piece.detach() for piece in pieces], None if plan is None else plan.ptr, problem.key)
 
 
 def symmetric_contraction(
     problem: SymmetricContractionProblem,
     x: Tensor,
-    weights: Tensor | None,
+    weights: Tensor | Sequence[Tensor] | None,
     plan: SpeciesPlan,
     coef: Tensor | None = None,
 ) -> Tensor:
     """out[n, m, c] = sum over the terms of m of coef[species of n, term, c] times the term's product of x[n, :, c].
 
-    x: [N, problem.dim_in, C] features, components before channels; weights: [Z, problem.paths, C], float32 beside
-    16-bit features, else x's dtype; plan: from `species_plan`; coef: `combine(problem, weights)`, where the caller
-    keeps it. Without weights, coef alone is needed, and gradients reach x only. Returns [N, problem.dim_out, C] in x's
-    dtype; sums run in the weights' dtype. Differentiable twice in x and weights. The formula is MACE's
+    x: [N, problem.dim_in, C] features, components before channels; weights: [Z, problem.paths, C], or pieces of it
+    along the paths, float32 beside 16-bit features, else x's dtype; plan: from `species_plan`; coef:
+    `combine(problem, weights)`, where the caller keeps it. Without weights, coef alone is needed, and gradients reach x
+    only. Returns [N, problem.dim_out, C] in x's dtype; sums run in the weights' dtype. Differentiable twice in x and
+    weights. The formula is MACE's
     SymmetricContraction (Batatia et al. 2022, eqs. 10 and 11) with the entries of U merged into `problem.table`.
 
     Raises ValueError (shape, device, neither weights nor coef) or TypeError (dtype) naming the argument.
@@ -206,9 +259,12 @@ def symmetric_contraction(
     if x.dtype not in STORAGE:
         raise TypeError(f"x must be float64, float32, bfloat16 or float16, got {x.dtype}")
     if weights is not None:
-        _check_table("weights", weights, [plan.count, problem.paths, problem.channels], x)
-    if coef is None:
-        coef = combine(problem, weights, plan)
-    else:
-        _check_table("coef", coef, [plan.count, problem.rows, problem.channels, PACK], x)
+        pieces = _pieces(problem, weights, plan.count)
+        _check_like("weights", pieces[0], x)
+        coef = combine(problem, pieces, plan) if coef is None else coef
+        weights = _as_one(pieces)
+    wanted = [plan.count, problem.rows, problem.channels, PACK]
+    if list(coef.shape) != wanted:
+        raise ValueError(f"coef must have shape {wanted} for this problem and plan, got {list(coef.shape)}")
+    _check_like("coef", coef, x)
     return _fwd(x, weights, coef, *plan, problem.key)
