@@ -106,6 +106,20 @@ def test_a_copy_of_the_weights_gives_the_same_bits(device, launched, monkeypatch
         linear(general, x[:, :24], weight[: 24 * 128], mode="tf32x3", weight_lowp=weight[: 24 * 128].expand(2, -1))
 
 
+@pytest.mark.parametrize(("wide", "stored", "bulk"), [(68, torch.float32, True), (68, torch.bfloat16, False)])
+def test_rows_at_16_bytes_are_moved_as_tiles(wide, stored, bulk, device, monkeypatch):
+    """Rows that start elsewhere are moved by loads and stores; so are those of GPUs before Hopper."""
+    if device.type == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("this GPU has no units that move tiles")
+    problem, found, right = problem_of(32, wide), [], kernels._moved
+    monkeypatch.setattr(kernels, "_moved", lambda t, tile: found.append(right(t, tile) is not t) or right(t, tile))
+    x = torch.randn(40, 32, device=device, requires_grad=True)
+    weight = torch.randn(problem.weight_numel, device=device)
+    out = linear(problem, x, weight, mode="bf16", out_dtype=stored)
+    torch.autograd.grad(out, x, torch.randn_like(out))
+    assert found == [bulk, bulk]
+
+
 @pytest.mark.parametrize("mode", STORED)
 def test_no_rows(mode, device, launched):
     problem = problem_of(64, 128)

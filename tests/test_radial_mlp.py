@@ -166,6 +166,24 @@ def test_gradcheck_on_the_cpu():
     assert dispatch.calls["radial_mlp_fwd", "reference"] > before
 
 
+def test_silu_to_the_last_bits(device):
+    """One layer whose weights are the unit matrix is silu itself: everywhere, and where exp would overflow."""
+    z = torch.cat(
+        [torch.linspace(-90, 90, 3001), torch.randn(1000), torch.tensor([-1e30, -200, -0.0, 1e-30, 200, 1e30])]
+    )
+    x, eye = z.to(device)[:, None].expand(-1, 16).contiguous(), torch.eye(16, device=device)
+    out = radial_mlp(x, eye, eye.new_empty(0, 16, 16), norm=1.0, mode="ieee")
+    exact = torch.nn.functional.silu(x.double())
+    assert bool(
+        ((out.double() - exact).abs() <= 6 * torch.finfo(torch.float32).eps * exact.abs() + 1e-5 * (x < -86)).all()
+    )
+    assert float(out[z.to(device) < -86].abs().max()) < 1e-5
+    x[5, 3] = torch.nan
+    out = radial_mlp(x, eye, eye.new_empty(0, 16, 16), norm=1.0, mode="ieee")
+    assert bool(out[5].isnan().all())
+    assert int(out.isnan().sum()) == 16
+
+
 def test_opcheck(device):
     x, g, first, hidden = inputs(8, 16, 2, 5, "ieee", device)
     rest = (first, hidden, NORM, "ieee")
