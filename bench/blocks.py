@@ -87,7 +87,9 @@ def _forward_call(block: providers.Block, inputs: tuple[Tensor, ...], precision:
     return call
 
 
-def _training_call(block, inputs, wanted: tuple[Tensor, ...], g: Tensor, precision: str) -> Callable[[], object]:
+def _training_call(block, inputs, wanted: tuple[Tensor, ...], g, precision: str) -> Callable[[], object]:
+    """A call that gives the result and the gradients of `wanted`; g: the result's gradient, or those of its parts."""
+
     def call():
         with providers.matmul_precision(precision):
             out = block.call(*inputs)

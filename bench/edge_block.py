@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 
 from . import providers, structures, timing
-from .blocks import DIRECTIONS, ConvCase, Prepared, _generator, _leaves, _randn, gate, poison
+from .blocks import (
+    DIRECTIONS,
+    ConvCase,
+    Prepared,
+    _forward_call,
+    _generator,
+    _leaves,
+    _randn,
+    _training_call,
+    gate,
+    poison,
+)
 
 FEATURES, HIDDEN, HARMONICS, R_MAX = 10, (64, 64, 64), 16, 6.0
 TOLERANCE = {"fp64": 1e-11, "fp32": 1e-5, "tf32": 3e-3, "bf16": 2e-2}
@@ -22,12 +33,22 @@ TOLERANCE = {"fp64": 1e-11, "fp32": 1e-5, "tf32": 3e-3, "bf16": 2e-2}
 
 
 @dataclass(frozen=True)
-class EdgeCase:
-    """`name`: "features", without the network, or a MACE-MP model: with the network in front of its second layer."""
+class WaterEdges:
+    """The edges of a water box of so many atoms."""
 
     name: str
     atoms: int
     channels: int = 128
+
+    @property
+    def edges(self) -> int:
+        return structures.graph(self.atoms, R_MAX).n_edges
+
+
+@dataclass(frozen=True)
+class EdgeCase(WaterEdges):
+    """`name`: "features", without the network, or a MACE-MP model: with the network in front of its second layer."""
+
     block: str = "edge_embedding"
 
     @property
@@ -35,10 +56,6 @@ class EdgeCase:
         if self.name == "features":
             return (FEATURES,)
         return (FEATURES, *HIDDEN, ConvCase(self.name, self.atoms, self.channels).problem.weight_numel)
-
-    @property
-    def edges(self) -> int:
-        return structures.graph(self.atoms, R_MAX).n_edges
 
     def inputs(self, precision: str, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Vectors [E, 3] in angstrom, shaken a little, and the gradients of the harmonics and of the weights."""
@@ -65,58 +82,33 @@ class EdgeCase:
         calls = {d: [] for d in DIRECTIONS}
         for seed in range(timing.sets_beyond_cache(work["forward"], device)):
             vectors, *g = self.inputs(precision, device, seed)
-            calls["forward"].append(_call(block, vectors, precision))
-            calls["forward+backward"].append(_call(block, *_leaves(vectors), precision, g))
+            calls["forward"].append(_forward_call(block, (vectors,), precision))
+            with torch.no_grad():  # a result stored in 16 bits gets its gradient in them
+                g = [t.to(result.dtype) for t, result in zip(g, block.call(vectors), strict=True)]
+            leaf = _leaves(vectors)
+            calls["forward+backward"].append(_training_call(block, leaf, leaf, g, precision))
         exact = reference(self, precision, device)
         poison(g[-1])
-        harmonics, weights, gv = calls["forward+backward"][0]()
+        (harmonics, weights), (gv,) = calls["forward+backward"][0]()
         results = {"harmonics": harmonics, "weights": weights, "gv": gv}
         errors = gate(results, exact, dict.fromkeys(results, TOLERANCE[precision]))
         return Prepared(calls, work, flops, errors, {"edges": self.edges})
 
-
-def _call(block: providers.Block, vectors: Tensor, precision: str, g: list[Tensor] | None = None):
-    """One call: the results, with the gradient of the vectors where `g` is given."""
-
-    def forward():
-        with torch.no_grad(), providers.matmul_precision(precision):
-            return block.call(vectors)
-
-    def both():
-        with providers.matmul_precision(precision):
-            results = block.call(vectors)
-            return *results, *torch.autograd.grad(results, vectors, cotangents)
-
-    if g is None:
-        return forward
-    with torch.no_grad():  # a result stored in 16 bits gets its gradient in them
-        cotangents = [t.to(result.dtype) for t, result in zip(g, block.call(vectors), strict=True)]
-    return both
-
-
-@lru_cache(maxsize=1)
-def reference(case: EdgeCase, precision: str, device: torch.device) -> dict[str, Tensor]:
-    """e3nn in FP64 on the inputs of seed 0."""
-    vectors, *g = (t.to(torch.float64) for t in case.inputs(precision, device, seed=0))
-    block = providers.builder(case.block, "e3nn")(case.widths, R_MAX, "fp64", device)
-    (vectors,) = _leaves(vectors)
-    harmonics, weights = block.call(vectors)
-    (gv,) = torch.autograd.grad((harmonics, weights), vectors, g)
-    return {"harmonics": harmonics.detach(), "weights": weights.detach(), "gv": gv}
+    def exact(self, precision: str, device: torch.device) -> dict[str, Tensor]:
+        """e3nn in FP64 on the inputs of seed 0."""
+        vectors, *g = (t.to(torch.float64) for t in self.inputs(precision, device, seed=0))
+        block = providers.builder(self.block, "e3nn")(self.widths, R_MAX, "fp64", device)
+        (vectors,) = _leaves(vectors)
+        harmonics, weights = block.call(vectors)
+        (gv,) = torch.autograd.grad((harmonics, weights), vectors, g)
+        return {"harmonics": harmonics.detach(), "weights": weights.detach(), "gv": gv}
 
 
 @dataclass(frozen=True)
-class VectorsCase:
+class VectorsCase(WaterEdges):
     """Before that: the edges' vectors and lengths from the positions of a water box, and the gradient of these."""
 
-    name: str
-    atoms: int
-    channels: int = 128
     block: str = "edge_vectors"
-
-    @property
-    def edges(self) -> int:
-        return structures.graph(self.atoms, R_MAX).n_edges
 
     def inputs(self, precision: str, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """Positions [N, 3], shaken a little, edge_index, shifts [E, 3], and the gradients of vectors and lengths."""
@@ -134,30 +126,24 @@ class VectorsCase:
         edge_index = self.inputs(precision, device, 0)[1]  # one tensor, as in a step: what is known of it is kept
         for seed in range(timing.sets_beyond_cache(work["forward"], device)):
             positions, _, shifts, g = self.inputs(precision, device, seed)
-            calls["forward"].append(_vectors_call(block, positions, edge_index, shifts))
-            calls["forward+backward"].append(_vectors_call(block, *_leaves(positions), edge_index, shifts, g))
-        results = dict(zip(("vectors", "lengths", "gx"), calls["forward+backward"][0](), strict=True))
-        errors = gate(results, vectors_reference(self, precision, device), dict.fromkeys(results, TOLERANCE[precision]))
+            calls["forward"].append(_forward_call(block, (positions, edge_index, shifts), precision))
+            leaf = _leaves(positions)
+            call = _training_call(block, (*leaf, edge_index, shifts), leaf, g, precision)
+            calls["forward+backward"].append(call)
+        (v, r), (gx,) = calls["forward+backward"][0]()
+        results = {"vectors": v, "lengths": r, "gx": gx}
+        errors = gate(results, reference(self, precision, device), dict.fromkeys(results, TOLERANCE[precision]))
         return Prepared(calls, work, dict.fromkeys(DIRECTIONS, 0), errors, {"edges": self.edges})
 
-
-def _vectors_call(block: providers.Block, x: Tensor, edge_index: Tensor, shifts: Tensor, g: list[Tensor] | None = None):
-    def forward():
-        with torch.no_grad():
-            return block.call(x, edge_index, shifts)
-
-    def both():
-        results = block.call(x, edge_index, shifts)
-        return *results, *torch.autograd.grad(results, x, g)
-
-    return forward if g is None else both
+    def exact(self, precision: str, device: torch.device) -> dict[str, Tensor]:
+        """MACE in FP64 on the inputs of seed 0."""
+        x, edge_index, shifts, g = self.inputs(precision, device, seed=0)
+        (x,) = _leaves(x.double())
+        v, r = providers.builder(self.block, "e3nn")("fp64").call(x, edge_index, shifts.double())
+        (gx,) = torch.autograd.grad((v, r), x, [t.double() for t in g])
+        return {"vectors": v.detach(), "lengths": r.detach(), "gx": gx}
 
 
 @lru_cache(maxsize=1)
-def vectors_reference(case: VectorsCase, precision: str, device: torch.device) -> dict[str, Tensor]:
-    """MACE in FP64 on the inputs of seed 0."""
-    x, edge_index, shifts, g = case.inputs(precision, device, seed=0)
-    (x,) = _leaves(x.double())
-    v, r = providers.builder(case.block, "e3nn")("fp64").call(x, edge_index, shifts.double())
-    (gx,) = torch.autograd.grad((v, r), x, [t.double() for t in g])
-    return {"vectors": v.detach(), "lengths": r.detach(), "gx": gx}
+def reference(case: EdgeCase | VectorsCase, precision: str, device: torch.device) -> dict[str, Tensor]:
+    return case.exact(precision, device)

@@ -12,7 +12,7 @@ from .providers import MissingProviderError
 from .rows import OURS, Row
 
 Case = blocks.ConvCase | blocks.LinearCase | species_blocks.SpeciesCase | models.ModelCase
-Case |= edge_block.EdgeCase | radial_block.RadialCase
+Case |= edge_block.WaterEdges | radial_block.RadialCase
 
 
 @dataclass(frozen=True)
