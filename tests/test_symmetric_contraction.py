@@ -241,7 +241,7 @@ def test_weights_in_pieces(dtype, device):
     strided = data["w"][:, 3:].transpose(0, 1).contiguous().transpose(0, 1)
     pieces = [t.clone(memory_format=torch.preserve_format) for t in (data["w"][:, :1], data["w"][:, :0])]
     pieces = [t.requires_grad_() for t in (*pieces, data["w"][:, 1:3].clone(), strided)]
-    found = []
+    found, before = [], dispatch.calls.copy()
     for weights in (whole, pieces):
         x, asked = data["x"].clone().requires_grad_(), [whole] if weights is whole else pieces
         out = symmetric_contraction(problem, x, weights, graph)
@@ -251,6 +251,7 @@ def test_weights_in_pieces(dtype, device):
     for got, exact in zip(*found, strict=True):
         assert torch.equal(got, exact)
     assert torch.equal(combine(problem, pieces), combine(problem, whole))
+    assert {which for _, which in dispatch.calls - before} == {"triton"}
 
 
 def test_the_same_bits_every_run(device):

@@ -246,8 +246,8 @@ def symmetric_contraction(
     along the paths, float32 beside 16-bit features, else x's dtype; plan: from `species_plan`; coef:
     `combine(problem, weights)`, where the caller keeps it. Without weights, coef alone is needed, and gradients reach x
     only. Returns [N, problem.dim_out, C] in x's dtype; sums run in the weights' dtype. Differentiable twice in x and
-    weights. The formula is MACE's
-    SymmetricContraction (Batatia et al. 2022, eqs. 10 and 11) with the entries of U merged into `problem.table`.
+    weights. The formula is MACE's SymmetricContraction (Batatia et al. 2022, eqs. 10 and 11) with the entries of U
+    merged into `problem.table`.
 
     Raises ValueError (shape, device, neither weights nor coef) or TypeError (dtype) naming the argument.
     """
@@ -261,10 +261,12 @@ def symmetric_contraction(
     if weights is not None:
         pieces = _pieces(problem, weights, plan.count)
         _check_like("weights", pieces[0], x)
-        coef = combine(problem, pieces, plan) if coef is None else coef
         weights = _as_one(pieces)
-    wanted = [plan.count, problem.rows, problem.channels, PACK]
-    if list(coef.shape) != wanted:
-        raise ValueError(f"coef must have shape {wanted} for this problem and plan, got {list(coef.shape)}")
-    _check_like("coef", coef, x)
+    if coef is None:
+        coef = _combine([piece.detach() for piece in pieces], plan.ptr, problem.key)
+    else:
+        wanted = [plan.count, problem.rows, problem.channels, PACK]
+        if list(coef.shape) != wanted:
+            raise ValueError(f"coef must have shape {wanted} for this problem and plan, got {list(coef.shape)}")
+        _check_like("coef", coef, x)
     return _fwd(x, weights, coef, *plan, problem.key)
