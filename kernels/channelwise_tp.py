@@ -61,15 +61,13 @@ def _backward_kernels(
     """
     parts = source.partition(problem, budget)
     gy_rows = sum(_blocks(problem, part, block_c) for part in parts) if deterministic else 1
-    kernels, first, seen = [], 0, set()
+    kernels, first, begun = [], 0, frozenset()
     for part in parts:
-        slots = {problem.paths[n].slot1 for n in part}
-        mode = "edge_add" if gx == "edge" and slots & seen else gx
         rows = (first, gy_rows) if deterministic else None
-        text = source.backward_source(problem, part, block_c, mode, rows, tangent, ahead)
+        text = source.backward_source(problem, part, block_c, gx, rows, tangent, ahead, begun)
         kernels.append((_jit(text), _blocks(problem, part, block_c)))
         first += kernels[-1][1]
-        seen |= slots
+        begun |= {problem.paths[n].slot1 for n in part}
     return kernels, gy_rows
 
 

@@ -311,10 +311,12 @@ def backward_source(
     gy_rows: tuple[int, int] | None,
     tangent: bool = False,
     ahead: int = 0,
+    begun: frozenset[int] = frozenset(),
 ) -> str:
     """`channelwise_tp_bwd_kernel`, or with `tangent` its derivative along (a, b, q) at fixed g.
 
-    gx: a key of GX_STORES, or "none" to leave it out. gy_rows: (first, all) partial sums of gy an edge, where the
+    gx: "atomic", "edge" or "none" to leave it out. begun: slots of gx that earlier parts have written, to whose rows
+    an "edge" adds; rows of the others hold nothing yet. gy_rows: (first, all) partial sums of gy an edge, where the
     channel blocks of this part begin and how many those of all parts are; None to add them up by atomics.
     """
     out = Writer(problem, numbers, block_c, ahead)
@@ -337,9 +339,10 @@ def backward_source(
         _backward_path(out, n, path, tangent, started)
         out.used(n)
         if gx != "none" and out.last_reader(n):
+            how = "edge_add" if gx == "edge" and path.slot1 in begun else gx
             for m in range(2 * path.l1 + 1):
                 pointer = out.pointer("gx_row", problem.slots1[path.slot1], m)
-                out.emit(GX_STORES[gx].format(pointer, f"gx{path.slot1}_{m}", out.store_mask, out.load_mask))
+                out.emit(GX_STORES[how].format(pointer, f"gx{path.slot1}_{m}", out.store_mask, out.load_mask))
     if gy_rows is None:
         store = f'tl.atomic_add(gy_ptr + e * {problem.dim_in2} + {{}}, {{}}, mask={{}}, sem="relaxed")'
     else:
