@@ -27,6 +27,7 @@ HARMONICS = "1x0e+1x1o+1x2e+1x3o"
 SHAPES = {
     "small": ("8x0e", HARMONICS, "8x0e+8x1o+8x2e+8x3o"),
     "medium": ("8x0e+8x1o", HARMONICS, "8x0e+8x1o+8x2e"),
+    "large": ("8x0e+8x1o+8x2e", HARMONICS, "8x0e+8x1o+8x2e+8x3o"),
     "odd channels": ("17x0e+17x1o", "1x0e+1x1o", "17x0e+17x1o"),
     "several multiplicities": ("5x0e+3x1o+4x0o", "1x0e+1x1o", "2x0e+2x1o+2x1e"),
     "l = 3": ("4x3o", "1x1o+1x3o", "4x0e+4x2e"),
@@ -96,6 +97,14 @@ def check_against_reference(problem, edge_index, n_in, n_out, dtype, storage=Non
 def test_kernels_match_fp64_formulas(shape, layout, device):
     edge_index = edges_of("duplicates, self edges, isolated nodes", device)
     check_against_reference(problem_of(shape, layout), edge_index, 5, 6, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_deterministic_kernels_match_fp64_formulas(shape, dtype, device):
+    """A row of gx an edge: each part of the backward must know which slots of it earlier parts have written."""
+    edge_index = edges_of("duplicates, self edges, isolated nodes", device)
+    check_against_reference(problem_of(shape), edge_index, 5, 6, dtype, deterministic=True)
 
 
 @pytest.mark.parametrize(
