@@ -176,8 +176,8 @@ def _radial(r_ptr, radius_ptr, index_ptr, basis_ptr, constants_ptr, edge, inside
 
 @triton.jit
 def _along(f, g, mask):
-    """Sum of f g over the features [BLOCK_E]. Masking the product keeps it out of a fused multiply-add: lanes of one row
-    would round it differently, and all of them write the row's sum."""
+    """Sum of f g over the features [BLOCK_E]. Masking the product keeps it out of a fused multiply-add, which would
+    round otherwise in each lane of a row, and all lanes write the row's sum."""
     return tl.sum(tl.where(mask, f * g, 0.0), axis=1)
 
 
