@@ -275,21 +275,22 @@ def radial(r: torch.Tensor, edge: tuple, kinds: tuple[str, str, bool]) -> tuple[
     edge: (radius [N], edge_index [2, E], basis [K], constants [6] float64). kinds: (basis, transform, cut).
     """
     f, c = r.new_empty(r.shape[0], edge[2].shape[0]), _cutoff_like(r, kinds)
-    _run_radial(edge_radial_fwd_kernel, r, (r, *edge, f, c), edge, kinds)
+    _run_radial(edge_radial_fwd_kernel, "edge_radial", r, (r, *edge, f, c), edge, kinds)
     return f, c
 
 
 def radial_grad(g: torch.Tensor, gc: torch.Tensor, r: torch.Tensor, edge: tuple, kinds: tuple) -> torch.Tensor:
     """The gradient [E, 1] of r for the cotangents g [E, K] and gc [E, 1] of the features and the cutoff."""
     gr = torch.empty_like(r)
-    _run_radial(edge_radial_bwd_kernel, r, (g, gc, r, *edge, gr), edge, kinds)
+    _run_radial(edge_radial_bwd_kernel, "edge_radial", r, (g, gc, r, *edge, gr), edge, kinds)
     return gr
 
 
 def radial_grad_grad(a, g, gc, r, edge: tuple, kinds: tuple) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dg, dgc, dr): the derivatives of <a, gr>, a [E, 1]."""
     dg, dgc, dr = torch.empty_like(g), torch.empty_like(gc), torch.empty_like(r)
-    _run_radial(edge_radial_bwd_bwd_kernel, r, (a, g, gc, r, *edge, dg, dgc, dr), edge, kinds)
+    tensors = (a, g, gc, r, *edge, dg, dgc, dr)
+    _run_radial(edge_radial_bwd_bwd_kernel, "edge_radial_bwd_bwd", r, tensors, edge, kinds)
     return dg, dgc, dr
 
 
@@ -297,11 +298,11 @@ def _cutoff_like(r: torch.Tensor, kinds: tuple) -> torch.Tensor:
     return r.new_empty(0 if kinds[2] else r.shape[0], 1)
 
 
-def _run_radial(kernel, r: torch.Tensor, tensors: tuple, edge: tuple, kinds: tuple) -> None:
+def _run_radial(kernel, op: str, r: torch.Tensor, tensors: tuple, edge: tuple, kinds: tuple) -> None:
     width = edge[2].shape[0]
     basis, transform, cut = kinds
     block = max(2, triton.next_power_of_2(width))
-    run(kernel, "edge_radial", r, tensors, width, BASIS=basis, TRANSFORM=transform, CUT=cut, BLOCK_K=block)
+    run(kernel, op, r, tensors, width, BASIS=basis, TRANSFORM=transform, CUT=cut, BLOCK_K=block)
 
 
 def offline_cases(target: str = "sm_90", dtypes: tuple[str, ...] = ("fp64", "fp32")) -> list:
@@ -318,8 +319,9 @@ def offline_cases(target: str = "sm_90", dtypes: tuple[str, ...] = ("fp64", "fp3
     kinds += (("chebyshev", "agnesi", True),)
     words, cases = {"index_ptr": "*i64", "constants_ptr": "*fp64"}, []
     for dtype in dtypes:
-        tile = tiles.choose("edge_radial", arch=target, dtype=dtype, edges=129470, width=16)
         for name, pointers in own.items():
+            table = name if name == "edge_radial_bwd_bwd" else "edge_radial"
+            tile = tiles.choose(table, arch=target, dtype=dtype, edges=129470, width=16)
             signature = {pointer: words.get(pointer, f"*{dtype}") for pointer in pointers}
             signature |= {"n_edges": "i32", "width": "i32"}
             for basis, transform, cut in kinds:
