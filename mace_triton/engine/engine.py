@@ -1,0 +1,249 @@
+"""One step of molecular dynamics as the GPU alone would take it.
+
+Everything that a step needs lies in buffers whose addresses never change: positions, candidates for edges, the edges
+themselves in a bucket with some room. So a step is one CUDA graph: filter the candidates, run the model on the edges,
+differentiate. The host copies positions in, starts the graph and reads two numbers: how many edges were near, and
+whether an atom has left the skin for which the candidates hold. Where either is wrong the bucket grows or the candidates
+are found anew, and the same step runs again; its first result is never shown.
+
+Edges that fill the bucket belong to idle atoms in a system of their own, and are longer than the cutoff. For the model
+they are ordinary edges without weight, so any model that MACE can build runs here.
+
+On a CPU the same functions run one after another, without a graph.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import ase
+import mace  # noqa: F401  before e3nn, see mace_triton/__init__.py
+import numpy as np
+import torch
+from mace.data import AtomicData, KeySpecification, config_from_atoms
+from mace.tools import AtomicNumberTable, torch_geometric
+from mace.tools.torch_tools import default_dtype
+
+from ..ops import graph, species
+from ..ops.edge_filter import Candidates, edge_filter
+from ..reference_edge_filter import PAD
+from . import neighbours
+
+ROOM = 1.05
+"""How much larger than its content a bucket is made."""
+WARM_UP = 3
+"""Evaluations before capture: TorchScript takes two to settle, and kernels compile in the first."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """energy [B] float64 (eV), energies [N] float64 of the atoms (eV), forces [N, 3] (eV/angstrom) and stress [B, 3, 3]
+    (eV/angstrom^3), None if it was not asked for. On the model's device, and valid until the next step."""
+
+    energy: torch.Tensor
+    energies: torch.Tensor
+    forces: torch.Tensor
+    stress: torch.Tensor | None
+
+
+def bucket(count: int) -> int:
+    """Places for `count` edges with some room, in steps of 256 or of a hundredth."""
+    wanted = int(count * ROOM) + 1
+    step = max(256, 1 << (wanted // 128).bit_length())
+    return -(-wanted // step) * step
+
+
+class Engine:
+    """Energies, forces and stress of the same atoms again and again, as molecular dynamics asks for them.
+
+    model: a MACE model with energies, best an accelerated one; a frozen copy is used. structures: one or several
+    `ase.Atoms`; elements, periodicity and, in `atoms.info`, what the model reads beside the atoms stay as they are.
+    head: of a model with several. stress: whether it is computed. skin: angstrom, how much longer than the cutoff the
+    candidates are; atoms may go half of it before these are found anew. keys: MACE's specification of where charges and
+    the like lie in `atoms.info` and `atoms.arrays`.
+
+    Raises ValueError for an empty list, a structure without atoms or an element that the model does not know.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        structures: ase.Atoms | Sequence[ase.Atoms],
+        *,
+        head: str | None = None,
+        stress: bool = True,
+        skin: float = 1.0,
+        keys: KeySpecification | None = None,
+    ):
+        self.structures = [structures] if isinstance(structures, ase.Atoms) else list(structures)
+        if not self.structures or not all(len(atoms) for atoms in self.structures):
+            raise ValueError("structures: there must be at least one, and each needs atoms")
+        if skin < 0:
+            raise ValueError(f"skin must not be negative, got {skin}")
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        first = next(self.model.parameters())
+        self.device, self.dtype = first.device, first.dtype
+        self.cutoff, self.skin, self.stress = float(model.r_max), skin, stress
+        self.head, self.keys = head, keys or KeySpecification()
+        self.sizes = [len(atoms) for atoms in self.structures]
+        self.atoms = sum(self.sizes)
+        self.periodic = torch.tensor(np.array([atoms.pbc for atoms in self.structures]))
+        self.positions = self._on_device(np.concatenate([atoms.positions for atoms in self.structures]))
+        self.cells = self._on_device(np.array([atoms.cell.array for atoms in self.structures]))
+        self.rebuilds = self.captures = 0
+        self.capacity = 0
+        self._graph = self._pairs = None
+
+    def _on_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.tensor(array, dtype=torch.float64, device=self.device)
+
+    def step(self, positions=None, cells=None) -> Results:
+        """Results at `positions` [N, 3] (angstrom) in `cells` [B, 3, 3], arrays or tensors; None: as they were.
+
+        Raises ValueError for another shape and for positions or cells that are not finite.
+        """
+        fresh = self._pairs is None
+        if positions is not None:
+            self.positions.copy_(_like(positions, self.positions, "positions"))
+        if cells is not None:
+            cells = _like(cells, self.cells, "cells")
+            fresh = fresh or not torch.equal(cells.to(self.cells), self.cells)
+            self.cells.copy_(cells)
+        if fresh:
+            self._find()
+        self._x[: self.atoms].detach().copy_(self.positions)
+        for _ in range(4):
+            self._run()
+            count, moved = self._status.tolist()  # waits for the step
+            if count <= self.capacity and not moved:
+                return self.results
+            self._find()
+            self._x[: self.atoms].detach().copy_(self.positions)
+        raise ValueError("positions or cells are not finite")
+
+    def _find(self) -> None:
+        """Candidates for the positions as they are, and buffers for them if these do not fit."""
+        if not (self.positions.isfinite().all() and self.cells.isfinite().all()):
+            raise ValueError("positions or cells are not finite")
+        self.rebuilds += 1
+        reach = self.cutoff + self.skin
+        pairs = neighbours.candidates(self.positions, self.cells, self.periodic, self.sizes, reach)
+        near = self._near(pairs)
+        if self._pairs is None or pairs.sender.shape[0] > self._pairs.sender.shape[0] or near > self.capacity:
+            self._allocate(pairs, near)
+        else:
+            fitting = neighbours.padded(pairs, self._pairs.sender.shape[0], self.dtype)
+            for old, new in zip(self._pairs, fitting, strict=True):
+                old.copy_(new)
+            self._data["cell"][: 3 * len(self.sizes)] = self.cells.view(-1, 3).to(self.dtype)
+        self._was[: self.atoms] = self.positions
+
+    def _near(self, pairs: Candidates) -> int:
+        """How many of the pairs are edges now."""
+        receiver = torch.repeat_interleave(pairs.ptr.diff().long())
+        vectors = self.positions[receiver] - self.positions[pairs.sender.long()] + pairs.shift
+        return int((vectors.square().sum(1) < self.cutoff**2).sum())
+
+    def _allocate(self, pairs: Candidates, near: int) -> None:
+        """Buffers with room for `near` edges out of these pairs; the graph that used the old ones is gone."""
+        self._graph = None
+        self.capacity = max(bucket(near), self.capacity)
+        self.idle = max(1, -(-(self.capacity - near) // PAD))
+        self._pairs = neighbours.padded(pairs, bucket(pairs.sender.shape[0]), self.dtype)
+        self._perm = torch.arange(self.capacity, dtype=torch.int32, device=self.device)
+        self._data = self._batch()
+        self._species = species.species_plan(self._data["node_attrs"])
+        self._x = self._data["positions"].requires_grad_(True)
+        self._was = self._x.detach().clone()
+        self._lengths = torch.tensor([*self.sizes, self.idle], device=self.device)
+
+    def _batch(self) -> dict[str, torch.Tensor]:
+        """MACE's input for the structures and the idle atoms behind them; the edges are not those of a step."""
+        heads = list(getattr(self.model, "heads", None) or ["Default"])
+        table = AtomicNumberTable([int(z) for z in self.model.atomic_numbers])
+        far = 10.0 * self.cutoff * np.arange(self.idle)[:, None] * np.eye(3)[:1]
+        idle = ase.Atoms(np.full(self.idle, self.structures[0].numbers[0]), far)
+        idle.info.update(self.structures[0].info)
+        with default_dtype(self.dtype):
+            graphs = [
+                AtomicData.from_config(
+                    config_from_atoms(atoms, self.keys, head_name=self.head or heads[0]),
+                    z_table=table,
+                    cutoff=self.cutoff,
+                    heads=heads,
+                )
+                for atoms in (*self.structures, idle)
+            ]
+        data = torch_geometric.Batch.from_data_list(graphs).to(self.device).to_dict()
+        data = {key: value for key, value in data.items() if torch.is_tensor(value)}
+        data = {key: value.to(self.dtype) if value.is_floating_point() else value for key, value in data.items()}
+        cells = data["cell"].view(-1, 3, 3)
+        whole = self.periodic.all(dim=1).to(self.device)
+        cells[:-1][whole] = self.cells[whole].to(self.dtype)
+        cells[-1] = 3.0 * self.cutoff * torch.eye(3, device=self.device)
+        return data
+
+    def _run(self) -> None:
+        """Evaluate the buffers: eagerly on a CPU, by the graph on a GPU."""
+        if self.device.type != "cuda":
+            self._evaluate()
+            return
+        if self._graph is None:
+            self._capture()
+        self._graph.replay()
+
+    def _capture(self) -> None:
+        """Record the step once its kernels are compiled."""
+        self.captures += 1
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                self._evaluate()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        """Edges, model, derivatives; what it leaves in `results` and `_status` is overwritten by the next replay."""
+        edges = edge_filter(
+            self._x,
+            self._was,
+            self._pairs,
+            cutoff=self.cutoff * (1 + 1e-6),  # beyond the model's own, where an edge weighs nothing
+            reach=0.5 * self.skin,
+            capacity=self.capacity,
+            idle=self.idle,
+            far=3.0 * self.cutoff,
+        )
+        data = self._data | {
+            "edge_index": edges.edge_index,
+            "shifts": edges.shifts,
+            "unit_shifts": edges.unit_shifts,
+        }
+        with ExitStack() as stack:
+            stack.enter_context(graph.given(edges.plan(self._perm)))
+            stack.enter_context(species.given(data["node_attrs"], self._species))
+            out = self.model(data, compute_force=True, compute_virials=self.stress)
+        systems = len(self.sizes)
+        energies = out["node_energy"].detach()
+        energy = torch.segment_reduce(energies, "sum", lengths=self._lengths)
+        stress = None
+        if self.stress:
+            a, b, c = self._data["cell"].view(-1, 3, 3)[:systems].unbind(1)
+            volume = (torch.linalg.cross(a, b) * c).sum(1).abs()
+            stress = -out["virials"].detach()[:systems] / volume[:, None, None]
+        self._status = torch.cat((edges.count, edges.moved))
+        self.results = Results(energy[:systems], energies[: self.atoms], out["forces"].detach()[: self.atoms], stress)
+
+
+def _like(given, buffer: torch.Tensor, name: str) -> torch.Tensor:
+    """`given` as a tensor of the buffer's shape."""
+    given = torch.as_tensor(given)
+    if given.shape != buffer.shape and given.numel() != buffer.numel():
+        raise ValueError(f"{name} must have shape {list(buffer.shape)}, got {list(given.shape)}")
+    return given.detach().reshape(buffer.shape)

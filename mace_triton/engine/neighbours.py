@@ -1,0 +1,38 @@
+"""Which atoms may come within the cutoff: vesin's neighbour list on the model's device, in rows by receiver."""
+
+from __future__ import annotations
+
+import torch
+import vesin.torch
+
+from ..ops.edge_filter import Candidates
+
+
+def candidates(
+    positions: torch.Tensor, cells: torch.Tensor, periodic: torch.Tensor, sizes: list[int], reach: float
+) -> Candidates:
+    """All pairs nearer than `reach` (angstrom) of systems that lie one behind the other.
+
+    positions [N, 3] float64, anywhere in space; cells [B, 3, 3] float64, rows are the cell vectors; periodic [B, 3]
+    bool, on the CPU; sizes: atoms of each system. Cells smaller than the cutoff have several pairs of the same atoms. The
+    shifts come in float64.
+    """
+    finder = vesin.torch.NeighborList(reach, True, True)
+    found, first = [], 0
+    for cell, wraps, size in zip(cells, periodic, sizes, strict=True):
+        points = positions[first : first + size]
+        receiver, sender, unit = finder.compute(points, cell * wraps.to(cell)[:, None], wraps, "ijS")
+        unit = -unit.to(points.dtype)  # vesin's pairs go from the first atom to the second: here the first receives
+        found.append((receiver + first, sender + first, unit, unit @ cell))
+        first += size
+    receiver, sender, unit, shift = (torch.cat(parts) for parts in zip(*found, strict=True))
+    edges = torch.arange(first + 1, device=positions.device)
+    ptr = torch.searchsorted(receiver.contiguous(), edges, out_int32=True)
+    return Candidates(ptr, sender.to(torch.int32), shift, unit)
+
+
+def padded(pairs: Candidates, places: int, dtype: torch.dtype) -> Candidates:
+    """The pairs in `places` places (no fewer than they need) and in `dtype`; what is behind them is zero."""
+    spare = places - pairs.sender.shape[0]
+    rows = (torch.nn.functional.pad(t.to(dtype), (0, 0, 0, spare)) for t in (pairs.shift, pairs.unit_shift))
+    return Candidates(pairs.ptr, torch.nn.functional.pad(pairs.sender, (0, spare)), *rows)

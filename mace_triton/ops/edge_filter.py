@@ -1,0 +1,97 @@
+"""The edges within the cutoff, out of candidates that stay valid while the atoms move a little.
+
+No derivative goes through it: what it gives are indices and lattice translations.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .. import reference_edge_filter as reference
+from ..kernels import edge_filter as kernels
+from . import dispatch
+from .graph import GraphPlan
+
+
+class Candidates(NamedTuple):
+    """Pairs that may come within the cutoff, in rows by receiver; places behind the last row are not read.
+
+    ptr [N + 1] int32; sender [K] int32; shift [K, 3], angstrom, and unit_shift [K, 3], in cell vectors, of the sender's
+    image: the vector is x[receiver] - x[sender] + shift.
+    """
+
+    ptr: torch.Tensor
+    sender: torch.Tensor
+    shift: torch.Tensor
+    unit_shift: torch.Tensor
+
+
+class Edges(NamedTuple):
+    """`capacity` edges sorted by receiver; those behind `count` are idle, from idle nodes to themselves.
+
+    edge_index [2, capacity] int64 (sender, receiver); shifts [capacity, 3], angstrom; unit_shifts [capacity, 3]; row_ptr
+    [N + idle + 1] and sender [capacity] int32 (see `GraphPlan`); count [1] int32, how many are near, which may be more
+    than there is room for; moved [1] int32, not zero where the candidates are out of date.
+    """
+
+    edge_index: torch.Tensor
+    shifts: torch.Tensor
+    unit_shifts: torch.Tensor
+    row_ptr: torch.Tensor
+    sender: torch.Tensor
+    count: torch.Tensor
+    moved: torch.Tensor
+
+    def plan(self, perm: torch.Tensor) -> GraphPlan:
+        """The plan of these edges, for `ops.graph.given`; perm: 0 .. capacity - 1, int32."""
+        nothing = perm[:0]
+        return GraphPlan(self.edge_index, self.row_ptr, perm, self.sender, nothing, nothing, self.row_ptr.shape[0] - 1)
+
+
+def edge_filter(
+    x: torch.Tensor,
+    was: torch.Tensor,
+    candidates: Candidates,
+    *,
+    cutoff: float,
+    reach: float,
+    capacity: int,
+    idle: int,
+    far: float,
+) -> Edges:
+    """The candidates nearer than `cutoff`, in their order, and idle edges up to `capacity`.
+
+    x, was: [N + idle, 3] float32 or float64, angstrom, positions now and when the candidates were found. reach: how far
+    an atom may have gone since, angstrom. idle: how many nodes behind the N real ones take idle edges. far: the length
+    of these, angstrom.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit, and for capacity or idle below 1.
+    """
+    _check(x, was, candidates, capacity, idle)
+    which = dispatch.backend(x)
+    dispatch.count("edge_filter", which)
+    run = kernels.edge_filter if which == "triton" else reference.edge_filter
+    with torch.no_grad():
+        return Edges(*run(x.detach(), was, tuple(candidates), cutoff, reach, capacity, idle, far))
+
+
+def _check(x, was, candidates: Candidates, capacity: int, idle: int) -> None:
+    nodes, pairs = candidates.ptr.shape[0] - 1, candidates.sender.shape[0]
+    if capacity < 1 or idle < 1:
+        raise ValueError(f"capacity and idle must be at least 1, got {capacity} and {idle}")
+    if x.ndim != 2 or x.shape[1] != 3 or x.shape[0] < nodes or was.shape != x.shape or nodes < 1:
+        raise ValueError(f"x and was must be [{nodes} or more, 3], got {list(x.shape)} and {list(was.shape)}")
+    if candidates.shift.shape != (pairs, 3) or candidates.unit_shift.shape != (pairs, 3):
+        raise ValueError(f"candidates: shift and unit_shift must be [{pairs}, 3]")
+    floats = {t.dtype for t in (x, was, candidates.shift, candidates.unit_shift)}
+    if len(floats) != 1 or floats > {torch.float32, torch.float64}:
+        raise ValueError(f"x, was, shift and unit_shift must all be float32 or all float64, got {floats}")
+    if candidates.ptr.dtype != torch.int32 or candidates.sender.dtype != torch.int32:
+        raise ValueError("candidates: ptr and sender must be int32")
+    tensors = (x, was, *candidates)
+    if len({t.device for t in tensors}) != 1:
+        raise ValueError("x, was and candidates must be on one device")
+    if not all(t.is_contiguous() for t in tensors):
+        raise ValueError("x, was and candidates must be contiguous")

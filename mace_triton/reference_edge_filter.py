@@ -1,0 +1,37 @@
+"""The edges within the cutoff out of a longer list, in plain PyTorch: see `kernels/edge_filter.py`."""
+
+from __future__ import annotations
+
+import torch
+
+PAD = 64
+"""Idle edges an idle node."""
+
+
+def edge_filter(x, was, rows, cutoff: float, reach: float, capacity: int, idle: int, far: float) -> tuple:
+    """As `kernels.edge_filter.edge_filter`."""
+    ptr, sender, shift, unit = rows
+    nodes = ptr.shape[0] - 1
+    moved = (~((x[:nodes] - was[:nodes]).square().sum(1) <= reach * reach)).any().to(torch.int32)[None]
+    number = torch.arange(sender.shape[0], device=x.device)
+    receiver = torch.searchsorted(ptr, number, right=True, out_int32=True) - 1  # `nodes` where the list is not filled
+    listed = number < ptr[-1]
+    vector = x[receiver.clamp(max=nodes - 1)] - x[sender] + shift
+    near = (vector.square().sum(1) < cutoff * cutoff) & listed
+    start = torch.zeros_like(ptr)
+    start[1:] = torch.zeros_like(ptr[1:]).index_add(
+        0, receiver.clamp(max=nodes - 1), (near & listed).to(ptr.dtype)
+    ).cumsum(0)
+    kept = number[near][:capacity]
+    senders, receivers = sender[kept], receiver[kept]
+    spare = capacity - kept.shape[0]
+    pads = nodes + idle - 1 - (torch.arange(spare - 1, -1, -1, device=x.device) // PAD).clamp(max=idle - 1)
+    pads = pads.to(torch.int32)
+    away = torch.zeros(spare, 3, dtype=x.dtype, device=x.device)
+    away[:, 0] = 1.0
+    edge_index = torch.stack((torch.cat((senders, pads)), torch.cat((receivers, pads)))).long()
+    behind = (capacity - PAD * torch.arange(idle, 0, -1, device=x.device)).clamp(min=kept.shape[0])
+    behind[0] = kept.shape[0]
+    row_ptr = torch.cat((start[:-1].clamp(max=capacity), behind, behind.new_full((1,), capacity))).to(torch.int32)
+    shifts, units = torch.cat((shift[kept], far * away)), torch.cat((unit[kept], away))
+    return edge_index, shifts, units, row_ptr, edge_index[0].to(torch.int32), start[-1:], moved

@@ -1,0 +1,131 @@
+"""Edges within the cutoff out of candidates: kernels against the formulas and against a plain search."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mace_triton import reference_edge_filter as reference
+from mace_triton.kernels import edge_filter as kernels
+from mace_triton.kernels import offline
+from mace_triton.ops import dispatch
+from mace_triton.ops.edge_filter import Candidates, edge_filter
+
+CUTOFF, FAR = 2.0, 6.0
+
+
+def candidates_of(x: torch.Tensor, nodes: int, degree: int, spare: int) -> Candidates:
+    """Random candidates: `degree` a node but for the first, which has none; duplicates and self pairs among them."""
+    counts = torch.full((nodes,), degree)
+    counts[0] = 0
+    ptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+    total = int(ptr[-1])
+    sender = torch.randint(nodes, (total + spare,)).to(torch.int32)
+    unit = torch.randint(-1, 2, (total + spare, 3)).to(x.dtype)
+    return Candidates(*(t.to(x.device) for t in (ptr, sender, 1.5 * unit, unit)))
+
+
+def filtered(x: torch.Tensor, pairs: Candidates, capacity: int, idle: int, was=None):
+    return edge_filter(
+        x,
+        x if was is None else was,
+        pairs,
+        cutoff=CUTOFF,
+        reach=0.5,
+        capacity=capacity,
+        idle=idle,
+        far=FAR,
+    )
+
+
+def search(x: torch.Tensor, pairs: Candidates) -> list[tuple]:
+    """(sender, receiver, unit shift) of every near candidate, one after another."""
+    found = []
+    for i in range(pairs.ptr.shape[0] - 1):
+        for k in range(int(pairs.ptr[i]), int(pairs.ptr[i + 1])):
+            s = int(pairs.sender[k])
+            if (x[i] - x[s] + pairs.shift[k]).norm() < CUTOFF:
+                found.append((s, i, *pairs.unit_shift[k].tolist()))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("room", [0, 1, 70, 500, -3])
+def test_finds_what_a_search_finds(dtype, room, device):
+    nodes, idle = 9, 3
+    x = torch.randn(nodes + idle, 3, dtype=dtype, device=device)
+    pairs = candidates_of(x, nodes, 150, spare=20)
+    wanted = search(x, pairs)
+    capacity = len(wanted) + room
+    dispatch.calls.clear()
+    edges = filtered(x, pairs, capacity, idle)
+    assert set(dispatch.calls) == {("edge_filter", "triton")}
+    assert int(edges.count) == len(wanted)
+    assert int(edges.moved) == 0
+    kept = min(capacity, len(wanted))
+    got = [(*pair, *unit) for pair, unit in zip(edges.edge_index.T.tolist(), edges.unit_shifts.tolist(), strict=True)]
+    assert got[:kept] == wanted[:kept]
+    torch.testing.assert_close(edges.shifts[:kept], 1.5 * edges.unit_shifts[:kept])
+    pads = edges.edge_index[:, kept:]
+    assert torch.equal(pads[0], pads[1])
+    assert ((pads >= nodes) & (pads < nodes + idle)).all()
+    assert (edges.shifts[kept:].norm(dim=1) == FAR).all()
+    receivers = edges.edge_index[1]
+    ptr = torch.searchsorted(receivers.contiguous(), torch.arange(nodes + idle + 1, device=device))
+    assert torch.equal(edges.row_ptr.long(), ptr)
+    assert torch.equal(edges.sender.long(), edges.edge_index[0])
+    for one, two in zip(edges, reference.edge_filter(x, x, tuple(pairs), CUTOFF, 0.5, capacity, idle, FAR), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_idle_nodes_share_the_idle_edges(device):
+    """64 each, so that none takes longer than a real node; the first takes the rest."""
+    x = torch.zeros(2 + 4, 3, device=device)
+    x[1] = 100.0
+    pairs = candidates_of(x, 2, 1, spare=0)
+    edges = filtered(x, pairs, 300, 4)
+    assert edges.row_ptr.diff().tolist()[-4:] == [300 - int(edges.count) - 3 * 64, 64, 64, 64]
+
+
+@pytest.mark.parametrize(("far", "moved"), [(0.49, 0), (0.51, 1), (float("nan"), 1)])
+def test_notices_atoms_that_left_their_place(far, moved, device):
+    x = torch.randn(6, 3, device=device)
+    was = x.clone()
+    was[4, 1] += far
+    assert int(filtered(x, candidates_of(x, 5, 4, spare=0), 50, 1, was).moved) == moved
+    idle = x.clone()
+    idle[5] += 10.0  # an idle atom, which nobody asks
+    assert int(filtered(x, candidates_of(x, 5, 4, spare=0), 50, 1, idle).moved) == 0
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_size(data, device):
+    nodes, idle, degree = (data.draw(st.integers(1, high)) for high in (6, 5, 300))
+    spare, capacity = data.draw(st.integers(0, 9)), data.draw(st.integers(1, 400))
+    x = torch.randn(nodes + idle, 3, device=device)
+    pairs = candidates_of(x, nodes, degree, spare)
+    want = reference.edge_filter(x, x, tuple(pairs), CUTOFF, 0.5, capacity, idle, FAR)
+    for one, two in zip(filtered(x, pairs, capacity, idle), want, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_bad_input_is_named(device):
+    x = torch.randn(4, 3, device=device)
+    pairs = candidates_of(x, 3, 2, spare=0)
+    with pytest.raises(ValueError, match="capacity and idle"):
+        filtered(x, pairs, 0, 1)
+    with pytest.raises(ValueError, match="x and was"):
+        filtered(x[:2], pairs, 5, 1)
+    with pytest.raises(ValueError, match="must all be float32 or all float64"):
+        filtered(x.double(), pairs, 5, 1)
+    with pytest.raises(ValueError, match="must be int32"):
+        filtered(x, pairs._replace(sender=pairs.sender.long()), 5, 1)
+    with pytest.raises(ValueError, match="shift and unit_shift"):
+        filtered(x, pairs._replace(shift=pairs.shift[1:]), 5, 1)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_kernels_compile_without_spills(target):
+    for name, stats in offline.compile_cases(kernels.offline_cases(target), target).items():
+        assert (stats.spills, stats.stack) == (0, 0), (name, stats)
