@@ -49,9 +49,12 @@ def edge_filter_mark_kernel(
         k = first + tl.arange(0, BLOCK)
         inside = k < end
         s = tl.load(sender_ptr + k, mask=inside, other=0)
-        dx = x - tl.load(x_ptr + 3 * s, mask=inside, other=0.0) + tl.load(shift_ptr + 3 * k, mask=inside, other=0.0)
-        dy = y - tl.load(x_ptr + 3 * s + 1, mask=inside, other=0.0) + tl.load(shift_ptr + 3 * k + 1, mask=inside, other=0.0)
-        dz = z - tl.load(x_ptr + 3 * s + 2, mask=inside, other=0.0) + tl.load(shift_ptr + 3 * k + 2, mask=inside, other=0.0)
+        dx = x - tl.load(x_ptr + 3 * s, mask=inside, other=0.0)
+        dy = y - tl.load(x_ptr + 3 * s + 1, mask=inside, other=0.0)
+        dz = z - tl.load(x_ptr + 3 * s + 2, mask=inside, other=0.0)
+        dx += tl.load(shift_ptr + 3 * k, mask=inside, other=0.0)
+        dy += tl.load(shift_ptr + 3 * k + 1, mask=inside, other=0.0)
+        dz += tl.load(shift_ptr + 3 * k + 2, mask=inside, other=0.0)
         near = ((dx * dx + dy * dy + dz * dz < square) & inside).to(tl.int32)
         tl.store(near_ptr + k, near.to(tl.int8), mask=inside)
         total += near

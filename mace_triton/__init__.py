@@ -28,6 +28,7 @@ _PUBLIC = {
     "certify": "certify",
     "Certificate": "certify",
     "MACETritonCalculator": "calculator",
+    "Engine": "engine",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -7,13 +7,23 @@ from pathlib import Path
 
 import ase
 import mace  # noqa: F401  before e3nn, see mace_triton/__init__.py
+import numpy as np
 import torch
+from ase.calculators.calculator import Calculator, all_changes
+from ase.stress import full_3x3_to_voigt_6_stress
 from mace.calculators import MACECalculator
+from mace.modules import models
 
 from .certify import Certificate, certify, pick_head
 from .convert import accelerate, load_model
+from .engine import Engine
 from .models import load_water
 from .precision import Precision
+
+
+def _reads_atoms_alone(model: torch.nn.Module) -> bool:
+    """Whether atoms and cell decide all that the model gives: no charges, spins or fields."""
+    return type(model) in (models.MACE, models.ScaleShiftMACE) and not hasattr(model, "joint_embedding")
 
 
 class MACETritonCalculator(MACECalculator):
@@ -23,7 +33,9 @@ class MACETritonCalculator(MACECalculator):
     name of a foundation model (fetched by MACE's own loader), a MACE module, or a list of any of these (a committee).
     precision: "fp64", "fp32", "tf32", "bf16", "fp16" or a `Precision`; None keeps the model's own.
     head: which head of a model with several. device: "cuda", "cuda:1" or "cpu"; the default is a GPU if there is one.
-    deterministic: the same bits on every run. Other arguments go to `MACECalculator`.
+    deterministic: the same bits on every run. skin: angstrom by which candidates for neighbours are further away than
+    the cutoff, see `engine`; None leaves each step to MACE, as do models that read more than the atoms. Other arguments
+    go to `MACECalculator`.
 
     Raises FileNotFoundError for a file that is not there, ValueError or TypeError for what is no MACE model, an unknown
     precision, head or device.
@@ -37,6 +49,7 @@ class MACETritonCalculator(MACECalculator):
         head: str | None = None,
         device: str | None = None,
         deterministic: bool = False,
+        skin: float | None = 1.0,
         **kwargs,
     ):
         device = check_device(device)
@@ -48,9 +61,51 @@ class MACETritonCalculator(MACECalculator):
         dtype = str(next(models[0].parameters()).dtype).removeprefix("torch.")
         super().__init__(models=models, device=device, default_dtype=dtype, head=head, **kwargs)
 
+        self.skin = None if deterministic else skin
+        self.engines: list[Engine] = []
+
+    def calculate(self, atoms=None, properties=None, system_changes=all_changes):
+        """Energy, forces and stress (eV, angstrom), and the energies of the atoms, as `MACECalculator` gives them."""
+        if self.skin is None or self.compute_atomic_stresses or not all(map(_reads_atoms_alone, self.models)):
+            super().calculate(atoms, properties, system_changes)
+            return
+        Calculator.calculate(self, atoms)
+        if not self.engines or not _alike(atoms, self.engines[0].structures[0]):
+            self.engines = []  # their memory is free before new ones take some
+            self.engines = [Engine(m, atoms.copy(), head=self.head, skin=self.skin) for m in self.models]
+        self.results = {}
+        found = [engine.step(atoms.positions, atoms.cell.array[None]) for engine in self.engines]
+        energy, stress = (np.stack([getattr(r, key).cpu().numpy()[0] for r in found]) for key in ("energy", "stress"))
+        forces, energies = (np.stack([getattr(r, key).cpu().numpy() for r in found]) for key in ("forces", "energies"))
+        per_angstrom = self.energy_units_to_eV / self.length_units_to_A
+        self._share("energy", energy * self.energy_units_to_eV)
+        self._share("forces", forces * per_angstrom)
+        self._share("stress", stress * per_angstrom / self.length_units_to_A**2)
+        self.results["stress"] = full_3x3_to_voigt_6_stress(self.results["stress"])
+        self.results["free_energy"] = self.results["energy"]
+        self.results["energies"] = energies.mean(axis=0) * self.energy_units_to_eV
+        self.results["node_energy"] = self.results["energies"] - self.engines[0].atomic_energies.cpu().numpy()
+
+    def reset(self) -> None:
+        """Forget results and engines, whose memory is free then."""
+        super().reset()
+        self.engines = []
+
+    def _share(self, key: str, values: np.ndarray) -> None:
+        """Put the mean over the committee in the results, and the values and their variance where there are several."""
+        mean = values.mean(axis=0)
+        self.results[key] = float(mean) if mean.ndim == 0 else mean
+        if len(values) > 1:
+            self.results[key + "_comm"], self.results[key + "_var"] = values, values.var(axis=0)
+
     def certify(self, atoms: ase.Atoms) -> Certificate:
         """The certificate of the (first) model on `atoms`: differences to e3nn FP64 with the same weights."""
         return certify(self.models[0], None, atoms, head=self.head)
+
+
+def _alike(atoms: ase.Atoms, other: ase.Atoms) -> bool:
+    """Whether an engine made for `other` serves `atoms`: the same but for positions and cell."""
+    return np.array_equal(atoms.numbers, other.numbers) and np.array_equal(atoms.pbc, other.pbc)
 
 
 def load(

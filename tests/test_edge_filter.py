@@ -74,7 +74,9 @@ def test_finds_what_a_search_finds(dtype, room, device):
     ptr = torch.searchsorted(receivers.contiguous(), torch.arange(nodes + idle + 1, device=device))
     assert torch.equal(edges.row_ptr.long(), ptr)
     assert torch.equal(edges.sender.long(), edges.edge_index[0])
-    for one, two in zip(edges, reference.edge_filter(x, x, tuple(pairs), CUTOFF, 0.5, capacity, idle, FAR), strict=True):
+    for one, two in zip(
+        edges, reference.edge_filter(x, x, tuple(pairs), CUTOFF, 0.5, capacity, idle, FAR), strict=True
+    ):
         assert torch.equal(one, two)
 
 

@@ -3,8 +3,8 @@
 Everything that a step needs lies in buffers whose addresses never change: positions, candidates for edges, the edges
 themselves in a bucket with some room. So a step is one CUDA graph: filter the candidates, run the model on the edges,
 differentiate. The host copies positions in, starts the graph and reads two numbers: how many edges were near, and
-whether an atom has left the skin for which the candidates hold. Where either is wrong the bucket grows or the candidates
-are found anew, and the same step runs again; its first result is never shown.
+whether an atom has left the skin for which the candidates hold. Where either is wrong the bucket grows or the
+candidates are found anew, and the same step runs again; its first result is never shown.
 
 Edges that fill the bucket belong to idle atoms in a system of their own, and are longer than the cutoff. For the model
 they are ordinary edges without weight, so any model that MACE can build runs here.
@@ -27,12 +27,13 @@ from mace.data import AtomicData, KeySpecification, config_from_atoms
 from mace.tools import AtomicNumberTable, torch_geometric
 from mace.tools.torch_tools import default_dtype
 
+from ..certify import check_structure
 from ..ops import graph, species
-from ..ops.edge_filter import Candidates, edge_filter
+from ..ops.edge_filter import Candidates, Edges, edge_filter
 from ..reference_edge_filter import PAD
 from . import neighbours
 
-ROOM = 1.05
+ROOM = 1.02
 """How much larger than its content a bucket is made."""
 WARM_UP = 3
 """Evaluations before capture: TorchScript takes two to settle, and kernels compile in the first."""
@@ -41,7 +42,8 @@ WARM_UP = 3
 @dataclass(frozen=True)
 class Results:
     """energy [B] float64 (eV), energies [N] float64 of the atoms (eV), forces [N, 3] (eV/angstrom) and stress [B, 3, 3]
-    (eV/angstrom^3), None if it was not asked for. On the model's device, and valid until the next step."""
+    (eV/angstrom^3), None if it was not asked for, and without meaning for what is not periodic. On the model's device,
+    and valid until the next step."""
 
     energy: torch.Tensor
     energies: torch.Tensor
@@ -50,9 +52,9 @@ class Results:
 
 
 def bucket(count: int) -> int:
-    """Places for `count` edges with some room, in steps of 256 or of a hundredth."""
+    """Places for `count` edges with some room, in steps of 128 or of less than a two hundredth."""
     wanted = int(count * ROOM) + 1
-    step = max(256, 1 << (wanted // 128).bit_length())
+    step = max(128, 1 << (wanted // 512).bit_length())
     return -(-wanted // step) * step
 
 
@@ -64,6 +66,8 @@ class Engine:
     head: of a model with several. stress: whether it is computed. skin: angstrom, how much longer than the cutoff the
     candidates are; atoms may go half of it before these are found anew. keys: MACE's specification of where charges and
     the like lie in `atoms.info` and `atoms.arrays`.
+
+    Weights of `model` that change between steps are noticed.
 
     Raises ValueError for an empty list, a structure without atoms or an element that the model does not know.
     """
@@ -79,12 +83,14 @@ class Engine:
         keys: KeySpecification | None = None,
     ):
         self.structures = [structures] if isinstance(structures, ase.Atoms) else list(structures)
-        if not self.structures or not all(len(atoms) for atoms in self.structures):
-            raise ValueError("structures: there must be at least one, and each needs atoms")
+        if not self.structures:
+            raise ValueError("structures is empty: there must be at least one")
+        for atoms in self.structures:
+            check_structure(atoms, [int(z) for z in model.atomic_numbers])
         if skin < 0:
             raise ValueError(f"skin must not be negative, got {skin}")
-        self.model = copy.deepcopy(model).requires_grad_(False).eval()
-        first = next(self.model.parameters())
+        self._source, self._version = model, None
+        first = next(model.parameters())
         self.device, self.dtype = first.device, first.dtype
         self.cutoff, self.skin, self.stress = float(model.r_max), skin, stress
         self.head, self.keys = head, keys or KeySpecification()
@@ -96,6 +102,16 @@ class Engine:
         self.rebuilds = self.captures = 0
         self.capacity = 0
         self._graph = self._pairs = None
+        self._status = torch.zeros(2, dtype=torch.int32, device=self.device)
+        on_gpu = self.device.type == "cuda"
+        self._read = torch.zeros(2, dtype=torch.int32, pin_memory=True) if on_gpu else self._status
+
+    def _take_weights(self) -> None:
+        """A frozen copy of the model, anew where its weights have changed since the last step."""
+        version = tuple((p.data_ptr(), p._version) for p in self._source.parameters())
+        if version != self._version:
+            self.model = copy.deepcopy(self._source).requires_grad_(False).eval()
+            self._version, self._graph, self._pairs = version, None, None
 
     def _on_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.tensor(array, dtype=torch.float64, device=self.device)
@@ -105,6 +121,7 @@ class Engine:
 
         Raises ValueError for another shape and for positions or cells that are not finite.
         """
+        self._take_weights()
         fresh = self._pairs is None
         if positions is not None:
             self.positions.copy_(_like(positions, self.positions, "positions"))
@@ -114,14 +131,12 @@ class Engine:
             self.cells.copy_(cells)
         if fresh:
             self._find()
-        self._x[: self.atoms].detach().copy_(self.positions)
         for _ in range(4):
             self._run()
-            count, moved = self._status.tolist()  # waits for the step
+            count, moved = self._read.tolist()
             if count <= self.capacity and not moved:
                 return self.results
             self._find()
-            self._x[: self.atoms].detach().copy_(self.positions)
         raise ValueError("positions or cells are not finite")
 
     def _find(self) -> None:
@@ -138,7 +153,7 @@ class Engine:
             fitting = neighbours.padded(pairs, self._pairs.sender.shape[0], self.dtype)
             for old, new in zip(self._pairs, fitting, strict=True):
                 old.copy_(new)
-            self._data["cell"][: 3 * len(self.sizes)] = self.cells.view(-1, 3).to(self.dtype)
+            self._set_cells(self._data)
         self._was[: self.atoms] = self.positions
 
     def _near(self, pairs: Candidates) -> int:
@@ -156,9 +171,16 @@ class Engine:
         self._perm = torch.arange(self.capacity, dtype=torch.int32, device=self.device)
         self._data = self._batch()
         self._species = species.species_plan(self._data["node_attrs"])
-        self._x = self._data["positions"].requires_grad_(True)
-        self._was = self._x.detach().clone()
-        self._lengths = torch.tensor([*self.sizes, self.idle], device=self.device)
+        self._was = self._data["positions"].clone()
+        heads = (
+            self._data["head"][self._data["batch"]] if "head" in self._data else torch.zeros_like(self._data["batch"])
+        )
+        e0 = self.model.atomic_energies_fn(self._data["node_attrs"]).gather(1, heads[:, None].long())
+        self.atomic_energies = e0[: self.atoms, 0].detach()
+        starts, longest = np.cumsum([0, *self.sizes]), max(self.sizes)
+        places = starts[:-1, None] + np.arange(longest)
+        places[places >= starts[1:, None]] = self.atoms  # where a zero stands
+        self._places = torch.tensor(places, device=self.device)
 
     def _batch(self) -> dict[str, torch.Tensor]:
         """MACE's input for the structures and the idle atoms behind them; the edges are not those of a step."""
@@ -180,11 +202,14 @@ class Engine:
         data = torch_geometric.Batch.from_data_list(graphs).to(self.device).to_dict()
         data = {key: value for key, value in data.items() if torch.is_tensor(value)}
         data = {key: value.to(self.dtype) if value.is_floating_point() else value for key, value in data.items()}
-        cells = data["cell"].view(-1, 3, 3)
-        whole = self.periodic.all(dim=1).to(self.device)
-        cells[:-1][whole] = self.cells[whole].to(self.dtype)
-        cells[-1] = 3.0 * self.cutoff * torch.eye(3, device=self.device)
+        data["cell"].view(-1, 3, 3)[-1] = 3.0 * self.cutoff * torch.eye(3, device=self.device)
+        self._set_cells(data)
         return data
+
+    def _set_cells(self, data: dict[str, torch.Tensor]) -> None:
+        """The cells of periodic systems; the others keep the box that MACE puts around them."""
+        cells, whole = data["cell"].view(-1, 3, 3)[:-1], self.periodic.all(dim=1).to(self.device)
+        cells.copy_(torch.where(whole[:, None, None], self.cells.to(self.dtype), cells))
 
     def _run(self) -> None:
         """Evaluate the buffers: eagerly on a CPU, by the graph on a GPU."""
@@ -194,6 +219,8 @@ class Engine:
         if self._graph is None:
             self._capture()
         self._graph.replay()
+        self._read.copy_(self._status, non_blocking=True)
+        torch.cuda.current_stream(self.device).synchronize()
 
     def _capture(self) -> None:
         """Record the step once its kernels are compiled."""
@@ -210,8 +237,10 @@ class Engine:
 
     def _evaluate(self) -> None:
         """Edges, model, derivatives; what it leaves in `results` and `_status` is overwritten by the next replay."""
+        idle = self._data["positions"][self.atoms :]
+        x = torch.cat((self.positions.to(self.dtype), idle)).requires_grad_(True)
         edges = edge_filter(
-            self._x,
+            x,
             self._was,
             self._pairs,
             cutoff=self.cutoff * (1 + 1e-6),  # beyond the model's own, where an edge weighs nothing
@@ -220,25 +249,38 @@ class Engine:
             idle=self.idle,
             far=3.0 * self.cutoff,
         )
-        data = self._data | {
-            "edge_index": edges.edge_index,
-            "shifts": edges.shifts,
-            "unit_shifts": edges.unit_shifts,
-        }
+        shifts = edges.shifts.requires_grad_(self.stress)
+        given = {"edge_index": edges.edge_index, "shifts": shifts, "unit_shifts": edges.unit_shifts, "positions": x}
         with ExitStack() as stack:
             stack.enter_context(graph.given(edges.plan(self._perm)))
-            stack.enter_context(species.given(data["node_attrs"], self._species))
-            out = self.model(data, compute_force=True, compute_virials=self.stress)
-        systems = len(self.sizes)
-        energies = out["node_energy"].detach()
-        energy = torch.segment_reduce(energies, "sum", lengths=self._lengths)
-        stress = None
-        if self.stress:
-            a, b, c = self._data["cell"].view(-1, 3, 3)[:systems].unbind(1)
-            volume = (torch.linalg.cross(a, b) * c).sum(1).abs()
-            stress = -out["virials"].detach()[:systems] / volume[:, None, None]
-        self._status = torch.cat((edges.count, edges.moved))
-        self.results = Results(energy[:systems], energies[: self.atoms], out["forces"].detach()[: self.atoms], stress)
+            stack.enter_context(species.given(self._data["node_attrs"], self._species))
+            out = self.model(self._data | given, compute_force=False)
+        energies = out["node_energy"].detach()[: self.atoms]
+        energy = self._by_system(energies)
+        # MACE differentiates by a strain, whose way back through `cell[batch[sender]]` adds all edges to one place.
+        gx, *along = torch.autograd.grad(out["energy"].sum(), (x, shifts) if self.stress else (x,))
+        stress = self._stress(x.detach(), edges, along[0]) if self.stress else None
+        torch.cat((edges.count, edges.moved), out=self._status)
+        self.results = Results(energy, energies, -gx[: self.atoms], stress)
+
+    def _by_system(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums of values [N, ...] over the atoms of each system, always in the same order."""
+        zero = torch.zeros_like(values[:1])
+        return torch.cat((values, zero))[self._places].sum(1)
+
+    def _stress(self, x: torch.Tensor, edges: Edges, gradient: torch.Tensor) -> torch.Tensor:
+        """dE/dstrain over the volume: the edges' vectors times the gradients [E, 3] by them, as dyads, summed."""
+        sender, receiver = edges.edge_index
+        vectors = (x.index_select(0, receiver) - x.index_select(0, sender) + edges.shifts.detach()).double()
+        if len(self.sizes) == 1:  # idle edges have no gradient
+            total = (vectors.T @ gradient.double())[None]
+        else:
+            each = (vectors[:, :, None] * gradient[:, None, :]).view(-1, 9)
+            nodes = torch.zeros(self.atoms + self.idle, 9, dtype=each.dtype, device=each.device)
+            total = self._by_system(nodes.index_add_(0, receiver, each)[: self.atoms]).view(-1, 3, 3)
+        a, b, c = self._data["cell"].view(-1, 3, 3)[:-1].double().unbind(1)
+        volume = (torch.linalg.cross(a, b) * c).sum(1).abs()
+        return 0.5 * (total + total.transpose(1, 2)) / volume[:, None, None]
 
 
 def _like(given, buffer: torch.Tensor, name: str) -> torch.Tensor:

@@ -14,14 +14,14 @@ def candidates(
     """All pairs nearer than `reach` (angstrom) of systems that lie one behind the other.
 
     positions [N, 3] float64, anywhere in space; cells [B, 3, 3] float64, rows are the cell vectors; periodic [B, 3]
-    bool, on the CPU; sizes: atoms of each system. Cells smaller than the cutoff have several pairs of the same atoms. The
-    shifts come in float64.
+    bool, on the CPU; sizes: atoms of each system. Cells smaller than the cutoff have several pairs of the same atoms.
+    The shifts come in float64.
     """
     finder = vesin.torch.NeighborList(reach, True, True)
     found, first = [], 0
     for cell, wraps, size in zip(cells, periodic, sizes, strict=True):
         points = positions[first : first + size]
-        receiver, sender, unit = finder.compute(points, cell * wraps.to(cell)[:, None], wraps, "ijS")
+        receiver, sender, unit = _pairs(finder, points, cell * wraps.to(cell)[:, None], wraps)
         unit = -unit.to(points.dtype)  # vesin's pairs go from the first atom to the second: here the first receives
         found.append((receiver + first, sender + first, unit, unit @ cell))
         first += size
@@ -29,6 +29,16 @@ def candidates(
     edges = torch.arange(first + 1, device=positions.device)
     ptr = torch.searchsorted(receiver.contiguous(), edges, out_int32=True)
     return Candidates(ptr, sender.to(torch.int32), shift, unit)
+
+
+def _pairs(finder, points: torch.Tensor, cell: torch.Tensor, wraps: torch.Tensor) -> list[torch.Tensor]:
+    """vesin's pairs, sorted by their first atom."""
+    try:
+        return finder.compute(points, cell, wraps, "ijS")
+    except RuntimeError as error:
+        if points.is_cuda and "MAX_PAIRS" in str(error):  # its room on a GPU ends at some hundred pairs an atom
+            return [part.to(points.device) for part in finder.compute(points.cpu(), cell.cpu(), wraps, "ijS")]
+        raise
 
 
 def padded(pairs: Candidates, places: int, dtype: torch.dtype) -> Candidates:

@@ -31,9 +31,9 @@ class Candidates(NamedTuple):
 class Edges(NamedTuple):
     """`capacity` edges sorted by receiver; those behind `count` are idle, from idle nodes to themselves.
 
-    edge_index [2, capacity] int64 (sender, receiver); shifts [capacity, 3], angstrom; unit_shifts [capacity, 3]; row_ptr
-    [N + idle + 1] and sender [capacity] int32 (see `GraphPlan`); count [1] int32, how many are near, which may be more
-    than there is room for; moved [1] int32, not zero where the candidates are out of date.
+    edge_index [2, capacity] int64 (sender, receiver); shifts [capacity, 3], angstrom; unit_shifts [capacity, 3];
+    row_ptr [N + idle + 1] and sender [capacity] int32 (see `GraphPlan`); count [1] int32, how many are near, which may
+    be more than there is room for; moved [1] int32, not zero where the candidates are out of date.
     """
 
     edge_index: torch.Tensor

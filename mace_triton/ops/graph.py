@@ -102,7 +102,7 @@ _given = threading.local()
 
 @contextmanager
 def given(plan: GraphPlan) -> Iterator[None]:
-    """Inside, in this thread, `graph_plan` gives `plan` for its edge_index: whoever made the edges sorted them already."""
+    """Inside, in this thread, `graph_plan` gives `plan` for its edge_index: whoever made the edges sorted them."""
     _given.plan = plan
     try:
         yield
@@ -121,7 +121,12 @@ def graph_plan(edge_index: torch.Tensor, n_in: int, n_out: int, *, by_sender: bo
     global _last
     _check_shape(edge_index)
     plan = getattr(_given, "plan", None)
-    if plan is not None and plan.edge_index is edge_index and not by_sender and (plan.n_in, plan.n_out) == (n_in, n_out):
+    if (
+        plan is not None
+        and plan.edge_index is edge_index
+        and not by_sender
+        and (plan.n_in, plan.n_out) == (n_in, n_out)
+    ):
         return plan
     if torch.compiler.is_compiling() or edge_index.is_inference() or capturing(edge_index):
         return GraphPlan(edge_index, *_graph_plan(edge_index, n_in, n_out, by_sender), n_in)

@@ -1,0 +1,206 @@
+"""The engine against plain MACE in FP64, step after step: any cell, any family, buckets that overflow, moving atoms."""
+
+import ase
+import mace_models as mm
+import numpy as np
+import pytest
+import torch
+from mace.calculators import MACECalculator
+from test_mace_parity import EXACT, SMALL, close, e3nn_model, fast_model, rms
+
+import mace_triton as mt
+from mace_triton.engine import Engine
+from mace_triton.ops import dispatch
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_empties() -> None:
+    """Not here: building e3nn modules compiles TorchScript, which cannot see through a patched torch.empty."""
+
+
+def check(found: Engine, model: torch.nn.Module, structures: list[ase.Atoms], head: int = 0) -> None:
+    """A step at the structures' positions and cells gives what the plain model gives for them."""
+    cells = np.array([atoms.cell.array for atoms in structures])
+    got = found.step(np.concatenate([atoms.positions for atoms in structures]), cells)
+    batch = mm.batch_of(model, structures)
+    if "head" in batch:
+        batch["head"] = torch.full_like(batch["head"], head)
+    want = mm.evaluate(model, batch)
+    close(got.energy, want["energy"], EXACT, "energy")
+    close(got.energies, want["node_energy"], EXACT, "energies")
+    close(got.forces, want["forces"], EXACT, "forces")
+    for number, atoms in enumerate(structures):
+        if atoms.pbc.all():
+            close(got.stress[number], want["stress"][number], EXACT, "stress")
+    assert found.captures == (1 if found.device.type == "cuda" else 0) or found.rebuilds > 1
+
+
+def moved(structures: list[ase.Atoms], by: float, seed: int = 0) -> list[ase.Atoms]:
+    rng = np.random.default_rng(seed)
+    copies = [atoms.copy() for atoms in structures]
+    for atoms in copies:
+        atoms.positions += by * rng.normal(size=atoms.positions.shape).clip(-2, 2)
+    return copies
+
+
+@pytest.mark.parametrize("name", ["mp-large", "off-small", *mm.BLOCKS])
+def test_follows_mace(name, device, reference_path):
+    model, structures = e3nn_model(name, device), mm.random_structures(SMALL["elements"], seed=1)
+    structures[0].positions += 7.3  # atoms may be anywhere, not only in their cell
+    heads = getattr(model, "heads", None) or ["Default"]
+    found = Engine(fast_model(name, device), structures, head=heads[-1], skin=0.6)
+    dispatch.calls.clear()
+    check(found, model, structures, len(heads) - 1)
+    backend = "triton" if device.type == "cuda" else "reference"
+    assert dispatch.calls["edge_filter", backend] > 0
+    assert dispatch.calls["channelwise_tp_fwd", backend] > 0
+    for seed in range(3):
+        check(found, model, moved(structures, 0.05, seed), len(heads) - 1)
+    assert found.rebuilds == 1
+    check(found, model, moved(structures, 0.4), len(heads) - 1)
+    assert found.rebuilds == 2
+
+
+@pytest.mark.parametrize("pbc", [(True, True, False), (False, False, True), (True, True, True), (False, False, False)])
+def test_any_cell(pbc, device, reference_path):
+    """Triclinic, smaller than the cutoff, periodic in some directions."""
+    atoms = mm.random_structures(SMALL["elements"], seed=2)[0]
+    atoms.pbc = pbc
+    model = e3nn_model("mp-medium", device)
+    found = Engine(fast_model("mp-medium", device), atoms)
+    check(found, model, [atoms])
+    check(found, model, moved([atoms], 0.3))
+
+
+def test_a_cell_that_breathes(device, reference_path):
+    atoms = mm.random_structures(SMALL["elements"], seed=3)[0]
+    model, found = e3nn_model("mp-medium", device), Engine(fast_model("mp-medium", device), atoms)
+    for factor in (1.0, 1.01, 0.99, 1.2):
+        breathed = atoms.copy()
+        breathed.set_cell(factor * atoms.cell.array @ (np.eye(3) + 0.01), scale_atoms=True)
+        check(found, model, [breathed])
+
+
+def test_the_bucket_grows_and_the_step_is_repeated(device, reference_path):
+    """Chains shrink a little: the candidates hold, but second neighbours come within the cutoff, twice the edges."""
+    model = e3nn_model("mp-small", device)
+    spacing = 0.505 * float(model.r_max)
+    chains = [ase.Atoms("O8", np.arange(8)[:, None] * np.array([[spacing, 0.0, 0.0]])) for _ in range(30)]
+    found = Engine(fast_model("mp-small", device), chains, skin=3.0)
+    check(found, model, chains)
+    before, evaluated = found.capacity, []
+    assert before < 30 * 26
+    run = found._run
+    found._run = lambda: (run(), evaluated.append(found._read.tolist()))
+    for chain in chains:
+        chain.positions *= 0.98
+    check(found, model, chains)
+    assert evaluated == [[30 * 26, 0], [30 * 26, 0]]  # too many of them, with candidates that hold; then room for all
+    assert found.capacity >= 30 * 26
+    assert found.rebuilds == 2
+
+
+def test_without_a_skin_candidates_are_found_in_every_step(device, reference_path):
+    atoms = mm.random_structures(SMALL["elements"], seed=5)[0]
+    model, found = e3nn_model("mp-small", device), Engine(fast_model("mp-small", device), atoms, skin=0.0)
+    for seed in range(3):
+        check(found, model, moved([atoms], 0.1, seed))
+    assert found.rebuilds == 3
+
+
+def test_positions_that_are_not_finite_are_refused_and_forgotten(device, reference_path):
+    atoms = mm.random_structures(SMALL["elements"], seed=6)[0]
+    model, found = e3nn_model("mp-small", device), Engine(fast_model("mp-small", device), atoms)
+    check(found, model, [atoms])
+    wrong = atoms.positions.copy()
+    wrong[0, 0] = np.nan
+    with pytest.raises(ValueError, match="not finite"):
+        found.step(wrong)
+    check(found, model, [atoms])
+    with pytest.raises(ValueError, match="not finite"):
+        found.step(atoms.positions, np.full((1, 3, 3), np.inf))
+    check(found, model, [atoms])
+
+
+def test_weights_that_change_are_noticed(device, reference_path):
+    plain = mm.build("mp-small", device=device, **SMALL)
+    fast, atoms = mt.accelerate(plain, strict=True), mm.random_structures(SMALL["elements"], seed=7)[0]
+    found = Engine(fast, atoms)
+    check(found, plain, [atoms])
+    for model in (plain, fast):
+        with torch.no_grad():
+            model.interactions[0].linear.weight.mul_(1.1)
+            model.products[0].symmetric_contractions.contractions[0].weights_max.mul_(0.9)
+    check(found, plain, [atoms])
+    assert all(p.requires_grad for p in fast.parameters())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_policies_are_those_of_the_model(precision, device, reference_path):
+    """The engine runs the model's own kernels, and adds energies up in FP64."""
+    atoms = mm.random_structures(SMALL["elements"], seed=8, n_atoms=12)[0]
+    fast = fast_model("mp-medium", device, precision, channels=64)
+    want = mm.evaluate(fast, mm.batch_of(fast, [atoms]))
+    got = Engine(fast, atoms).step()
+    assert rms(got.forces - want["forces"]) < 2e-6 * rms(want["forces"]) * (1 if precision == "fp32" else 100)
+    assert got.energy.dtype == torch.float64
+    close(got.energy, got.energies.sum()[None], 1e-14, "energy")
+
+
+def test_bad_input_is_named(device):
+    fast = fast_model("mp-small", device)
+    atoms = mm.random_structures(SMALL["elements"], seed=9)[0]
+    with pytest.raises(ValueError, match="structures is empty"):
+        Engine(fast, [])
+    with pytest.raises(ValueError, match="atoms is empty"):
+        Engine(fast, ase.Atoms())
+    with pytest.raises(ValueError, match="does not know"):
+        Engine(fast, ase.Atoms("Au"))
+    with pytest.raises(ValueError, match="skin"):
+        Engine(fast, atoms, skin=-1.0)
+    with pytest.raises(ValueError, match="positions must have shape"):
+        Engine(fast, atoms).step(atoms.positions[1:])
+
+
+def results_of(calculator, atoms: ase.Atoms) -> dict:
+    atoms = atoms.copy()
+    atoms.calc = calculator
+    atoms.get_forces()
+    atoms.get_stress()
+    return calculator.results
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_calculator_gives_what_mace_gives(members, device, reference_path):
+    """Everything in MACECalculator's results, in its shapes, for atoms of changing kinds and numbers."""
+    models = [mm.build("mp-medium", device=device, seed=seed, **SMALL) for seed in range(members)]
+    theirs = MACECalculator(models=models, device=device.type, default_dtype="float64")
+    ours = mt.MACETritonCalculator(models, precision="fp64", device=device.type)
+    for atoms in mm.random_structures(SMALL["elements"], seed=10) + mm.random_structures(SMALL["elements"], seed=11):
+        for place in moved([atoms], 0.05):
+            want, got = results_of(theirs, place), results_of(ours, place)
+            assert got.keys() == want.keys()
+            for key, value in want.items():
+                if "stress" in key and not atoms.pbc.all():
+                    continue  # MACE divides by the volume of a box of its own
+                assert np.shape(got[key]) == np.shape(value), key
+                scale = max(np.abs(value).max(), 1e-3)
+                assert np.abs(np.asarray(got[key]) - value).max() <= EXACT * scale, key
+    assert len(ours.engines) == members
+
+
+def test_calculator_leaves_to_mace_what_reads_more_than_atoms(device, reference_path):
+    model = mm.build("mp-small", device=device, **SMALL)
+    atoms = mm.random_structures(SMALL["elements"], seed=12)[0]
+    ours = mt.MACETritonCalculator(model, device=device.type)
+    stepwise = mt.MACETritonCalculator(model, device=device.type, skin=None)
+    ordered = mt.MACETritonCalculator(model, device=device.type, deterministic=True)
+    wanted = results_of(ours, atoms)["forces"]
+    for calculator in (stepwise, ordered):
+        np.testing.assert_allclose(results_of(calculator, atoms)["forces"], wanted, rtol=0, atol=1e-10)
+        assert calculator.engines == []
+    ours.models[0].joint_embedding = torch.nn.Identity()
+    ours.reset()
+    with pytest.raises(AttributeError, match="embedding_specs"):  # MACE asks which; an engine would not
+        results_of(ours, atoms)
+    assert ours.engines == []
