@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from . import blocks, edge_block, first_use, measure, models, rows, species_blocks, timing
+from . import blocks, edge_block, first_use, md_step, measure, models, rows, species_blocks, timing
 from .rows import OURS, Row
 
 FAST = ("cueq", "oeq", OURS)
@@ -257,6 +257,18 @@ def _seconds(row: Row) -> float:
     return float(row["seconds"])
 
 
+def steps(section: Section) -> None:
+    """A step of ASE's Langevin dynamics, mp-medium, as a user of MACECalculator with cuEquivariance sees it."""
+    direction = md_step.DIRECTIONS[0]
+    cases = [md_step.StepCase("medium", atoms) for atoms in (192, 1536, 5184)]
+    for provider, precision, least in (("cueq", "fp32", None), (OURS, "fp32", 25.0), (OURS, "bf16", None)):
+        section.measure(measure.specs(cases, [(provider, (precision,))], [direction]))
+        measure.forget(section.device)
+        for case in cases if provider == OURS else ():
+            text = f"step medium {case.atoms}, wall time"
+            section.ratio(text, case, direction, "cueq", precision, least, key="wall_ms")
+
+
 SECTIONS: dict[str, Callable[[Section], None]] = {
     "conv": conv,
     "linear": linear,
@@ -266,6 +278,7 @@ SECTIONS: dict[str, Callable[[Section], None]] = {
     "training": training,
     "memory": memory,
     "compile": compile_,
+    "steps": steps,
 }
 
 

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from . import blocks, edge_block, models, radial_block, species_blocks, timing
+from . import blocks, edge_block, md_step, models, radial_block, species_blocks, timing
 from .providers import MissingProviderError
 from .rows import OURS, Row
 
 Case = blocks.ConvCase | blocks.LinearCase | species_blocks.SpeciesCase | models.ModelCase
-Case |= edge_block.WaterEdges | radial_block.RadialCase
+Case |= edge_block.WaterEdges | radial_block.RadialCase | md_step.StepCase
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ _kept: dict[tuple, blocks.Prepared] = {}
 def prepared(spec: Spec, device: torch.device) -> blocks.Prepared:
     """The gated provider of a spec. The newest one is kept: both directions of a block share it."""
     arguments = (spec.provider, spec.precision, spec.variant, device)
-    if isinstance(spec.case, models.ModelCase):
+    if isinstance(spec.case, (models.ModelCase, md_step.StepCase)):
         arguments = (*arguments, spec.direction)
     key = (spec.case, *arguments)
     if key not in _kept:
@@ -64,6 +64,7 @@ def forget(device: torch.device) -> None:
     references = (module.reference for module in (edge_block, radial_block, species_blocks))
     for kept in (blocks.conv_reference, *references, models.built):
         kept.cache_clear()
+    md_step.forget()
     timing.free_memory(device)
 
 
@@ -98,6 +99,14 @@ def _time_model(spec: Spec, ready: blocks.Prepared, device: torch.device) -> Row
         row["block_ms"] = models.block_times(*share, device)
         row["blocks_ms"] = sum(row["block_ms"].values())
     return row
+
+
+def _time_step(spec: Spec, ready: blocks.Prepared, device: torch.device) -> Row:
+    return md_step.time_step(ready.calls[spec.direction][0], device)
+
+
+TIMED: dict[type, Callable] = {models.ModelCase: _time_model, md_step.StepCase: _time_step}
+"""How cases are timed; blocks as `_time_block` does."""
 
 
 def describe(spec: Spec) -> Row:
@@ -137,8 +146,7 @@ def measure(spec: Spec, device: torch.device) -> Row:
 
     def work() -> Row:
         ready = prepared(spec, device)
-        timed = _time_model if isinstance(spec.case, models.ModelCase) else _time_block
-        row = timed(spec, ready, device)
+        row = TIMED.get(type(spec.case), _time_block)(spec, ready, device)
         extra = {key: value for key, value in ready.extra.items() if key != "blocks"}
         return extra | {"errors": ready.errors, "error": max(ready.errors.values())} | row
 
