@@ -21,6 +21,8 @@ from .rows import Row
 DIRECTIONS = ("Langevin step",)
 TIME_STEP, TEMPERATURE, FRICTION = 0.5, 300.0, 0.01
 """fs, K, 1 / fs: for water, and for models whose random weights make of it what they will."""
+SKIN = 1.0
+"""Angstrom, of our calculator's engine."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ def _calculator(name: str, channels: int, elements: tuple, provider: str, precis
     from mace_triton import MACETritonCalculator
 
     if provider == "mace_triton":
-        return MACETritonCalculator(models.mp_model(name, channels, elements), precision=precision, device=device.type)
+        plain = models.mp_model(name, channels, elements)
+        return MACETritonCalculator(plain, precision=precision, device=device.type, skin=SKIN)
     model = models.built(name, channels, elements, provider, precision, "", device)
     dtype = str(providers.model_dtype(precision)).removeprefix("torch.")
     return MACECalculator(models=model, device=device.type, default_dtype=dtype)

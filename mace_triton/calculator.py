@@ -33,9 +33,10 @@ class MACETritonCalculator(MACECalculator):
     name of a foundation model (fetched by MACE's own loader), a MACE module, or a list of any of these (a committee).
     precision: "fp64", "fp32", "tf32", "bf16", "fp16" or a `Precision`; None keeps the model's own.
     head: which head of a model with several. device: "cuda", "cuda:1" or "cpu"; the default is a GPU if there is one.
-    deterministic: the same bits on every run. skin: angstrom by which candidates for neighbours are further away than
-    the cutoff, see `engine`; None leaves each step to MACE, as do models that read more than the atoms. Other arguments
-    go to `MACECalculator`.
+    deterministic: the same bits on every run. skin: for molecular dynamics, where the same atoms are asked for time and
+    again: run on `Engine`, with neighbours looked for this much (angstrom) beyond the cutoff, 1.0 for instance. None
+    leaves each step to MACECalculator, as do deterministic=True and models that read more than atoms and cell. Other
+    arguments go to `MACECalculator`.
 
     Raises FileNotFoundError for a file that is not there, ValueError or TypeError for what is no MACE model, an unknown
     precision, head or device.
@@ -49,7 +50,7 @@ class MACETritonCalculator(MACECalculator):
         head: str | None = None,
         device: str | None = None,
         deterministic: bool = False,
-        skin: float | None = 1.0,
+        skin: float | None = None,
         **kwargs,
     ):
         device = check_device(device)
@@ -73,23 +74,21 @@ class MACETritonCalculator(MACECalculator):
         if not self.engines or not _alike(atoms, self.engines[0].structures[0]):
             self.engines = []  # their memory is free before new ones take some
             self.engines = [Engine(m, atoms.copy(), head=self.head, skin=self.skin) for m in self.models]
-        self.results = {}
-        found = [engine.step(atoms.positions, atoms.cell.array[None]) for engine in self.engines]
-        energy, stress = (np.stack([getattr(r, key).cpu().numpy()[0] for r in found]) for key in ("energy", "stress"))
-        forces, energies = (np.stack([getattr(r, key).cpu().numpy() for r in found]) for key in ("forces", "energies"))
+        self.results, found = {}, []
+        for engine in self.engines:
+            engine.step(atoms.positions, atoms.cell.array[None])
+            found.append(engine.on_host())
+        energy, energies, forces, stress = (
+            np.stack([getattr(results, key) for results in found]) for key in ("energy", "energies", "forces", "stress")
+        )
         per_angstrom = self.energy_units_to_eV / self.length_units_to_A
-        self._share("energy", energy * self.energy_units_to_eV)
+        self._share("energy", energy[:, 0] * self.energy_units_to_eV)
         self._share("forces", forces * per_angstrom)
-        self._share("stress", stress * per_angstrom / self.length_units_to_A**2)
+        self._share("stress", stress[:, 0] * per_angstrom / self.length_units_to_A**2)
         self.results["stress"] = full_3x3_to_voigt_6_stress(self.results["stress"])
         self.results["free_energy"] = self.results["energy"]
         self.results["energies"] = energies.mean(axis=0) * self.energy_units_to_eV
-        self.results["node_energy"] = self.results["energies"] - self.engines[0].atomic_energies.cpu().numpy()
-
-    def reset(self) -> None:
-        """Forget results and engines, whose memory is free then."""
-        super().reset()
-        self.engines = []
+        self.results["node_energy"] = self.results["energies"] - self.engines[0].atomic_energies
 
     def _share(self, key: str, values: np.ndarray) -> None:
         """Put the mean over the committee in the results, and the values and their variance where there are several."""

@@ -42,13 +42,15 @@ WARM_UP = 3
 @dataclass(frozen=True)
 class Results:
     """energy [B] float64 (eV), energies [N] float64 of the atoms (eV), forces [N, 3] (eV/angstrom) and stress [B, 3, 3]
-    (eV/angstrom^3), None if it was not asked for, and without meaning for what is not periodic. On the model's device,
-    and valid until the next step."""
+    (eV/angstrom^3), None if it was not asked for, and without meaning for what is not periodic.
 
-    energy: torch.Tensor
-    energies: torch.Tensor
-    forces: torch.Tensor
-    stress: torch.Tensor | None
+    From `Engine.step`: tensors on the model's device, valid until the next step. From `Engine.on_host`: float64 arrays.
+    """
+
+    energy: torch.Tensor | np.ndarray
+    energies: torch.Tensor | np.ndarray
+    forces: torch.Tensor | np.ndarray
+    stress: torch.Tensor | np.ndarray | None
 
 
 def bucket(count: int) -> int:
@@ -98,17 +100,19 @@ class Engine:
         self.atoms = sum(self.sizes)
         self.periodic = torch.tensor(np.array([atoms.pbc for atoms in self.structures]))
         self.positions = self._on_device(np.concatenate([atoms.positions for atoms in self.structures]))
-        self.cells = self._on_device(np.array([atoms.cell.array for atoms in self.structures]))
+        self._cells = np.array([atoms.cell.array for atoms in self.structures])
+        self.cells = self._on_device(self._cells)
         self.rebuilds = self.captures = 0
         self.capacity = 0
         self._graph = self._pairs = None
-        self._status = torch.zeros(2, dtype=torch.int32, device=self.device)
-        on_gpu = self.device.type == "cuda"
-        self._read = torch.zeros(2, dtype=torch.int32, pin_memory=True) if on_gpu else self._status
+        pinned = {"dtype": torch.float64, "pin_memory": self.device.type == "cuda"}
+        self._sent = torch.empty(self.atoms, 3, **pinned)
+        systems = len(self.sizes)
+        self._got = torch.empty(systems + 4 * self.atoms + (9 * systems if stress else 0) + 2, **pinned)
 
     def _take_weights(self) -> None:
         """A frozen copy of the model, anew where its weights have changed since the last step."""
-        version = tuple((p.data_ptr(), p._version) for p in self._source.parameters())
+        version = [(p.data_ptr(), p._version) for p in self._source.parameters()]
         if version != self._version:
             self.model = copy.deepcopy(self._source).requires_grad_(False).eval()
             self._version, self._graph, self._pairs = version, None, None
@@ -124,29 +128,42 @@ class Engine:
         self._take_weights()
         fresh = self._pairs is None
         if positions is not None:
-            self.positions.copy_(_like(positions, self.positions, "positions"))
+            positions = _like(positions, self.positions, "positions")
+            if not positions.is_cuda:
+                positions = self._sent.copy_(positions)
+            self.positions.copy_(positions, non_blocking=True)  # the end of the step waits for it
         if cells is not None:
-            cells = _like(cells, self.cells, "cells")
-            fresh = fresh or not torch.equal(cells.to(self.cells), self.cells)
-            self.cells.copy_(cells)
+            cells = _like(cells, self.cells, "cells").cpu().double().numpy()
+            if not np.array_equal(cells, self._cells):
+                self._cells, fresh = cells.copy(), True
+                self.cells.copy_(torch.from_numpy(self._cells))
         if fresh:
             self._find()
         for _ in range(4):
             self._run()
-            count, moved = self._read.tolist()
+            count, moved = self._got[-2:].tolist()
             if count <= self.capacity and not moved:
                 return self.results
-            self._find()
-        raise ValueError("positions or cells are not finite")
+            self._find(int(count))
+        raise RuntimeError("the neighbours of this step do not settle; please report the structure")
 
-    def _find(self) -> None:
-        """Candidates for the positions as they are, and buffers for them if these do not fit."""
+    def on_host(self) -> Results:
+        """The results of the last step as arrays of their own."""
+        systems, flat = len(self.sizes), self._got.numpy().copy()
+        energy, energies, forces, stress, _ = np.split(
+            flat, np.cumsum([systems, self.atoms, 3 * self.atoms, len(flat) - 2 - systems - 4 * self.atoms])
+        )
+        shaped = stress.reshape(systems, 3, 3) if self.stress else None
+        return Results(energy, energies, forces.reshape(-1, 3), shaped)
+
+    def _find(self, room: int = 0) -> None:
+        """Candidates for the positions as they are, and buffers for them, and for `room` edges, if these do not fit."""
         if not (self.positions.isfinite().all() and self.cells.isfinite().all()):
             raise ValueError("positions or cells are not finite")
         self.rebuilds += 1
         reach = self.cutoff + self.skin
         pairs = neighbours.candidates(self.positions, self.cells, self.periodic, self.sizes, reach)
-        near = self._near(pairs)
+        near = max(self._near(pairs), room)
         if self._pairs is None or pairs.sender.shape[0] > self._pairs.sender.shape[0] or near > self.capacity:
             self._allocate(pairs, near)
         else:
@@ -176,7 +193,7 @@ class Engine:
             self._data["head"][self._data["batch"]] if "head" in self._data else torch.zeros_like(self._data["batch"])
         )
         e0 = self.model.atomic_energies_fn(self._data["node_attrs"]).gather(1, heads[:, None].long())
-        self.atomic_energies = e0[: self.atoms, 0].detach()
+        self.atomic_energies = e0[: self.atoms, 0].double().cpu().numpy()
         starts, longest = np.cumsum([0, *self.sizes]), max(self.sizes)
         places = starts[:-1, None] + np.arange(longest)
         places[places >= starts[1:, None]] = self.atoms  # where a zero stands
@@ -215,11 +232,12 @@ class Engine:
         """Evaluate the buffers: eagerly on a CPU, by the graph on a GPU."""
         if self.device.type != "cuda":
             self._evaluate()
+            self._got.copy_(self._all)
             return
         if self._graph is None:
             self._capture()
         self._graph.replay()
-        self._read.copy_(self._status, non_blocking=True)
+        self._got.copy_(self._all, non_blocking=True)
         torch.cuda.current_stream(self.device).synchronize()
 
     def _capture(self) -> None:
@@ -236,7 +254,7 @@ class Engine:
             self._evaluate()
 
     def _evaluate(self) -> None:
-        """Edges, model, derivatives; what it leaves in `results` and `_status` is overwritten by the next replay."""
+        """Edges, model, derivatives; what it leaves in `results` and `_all` is overwritten by the next replay."""
         idle = self._data["positions"][self.atoms :]
         x = torch.cat((self.positions.to(self.dtype), idle)).requires_grad_(True)
         edges = edge_filter(
@@ -260,8 +278,10 @@ class Engine:
         # MACE differentiates by a strain, whose way back through `cell[batch[sender]]` adds all edges to one place.
         gx, *along = torch.autograd.grad(out["energy"].sum(), (x, shifts) if self.stress else (x,))
         stress = self._stress(x.detach(), edges, along[0]) if self.stress else None
-        torch.cat((edges.count, edges.moved), out=self._status)
-        self.results = Results(energy, energies, -gx[: self.atoms], stress)
+        forces = -gx[: self.atoms]
+        self.results = Results(energy, energies, forces, stress)
+        values = (energy, energies, forces, *(() if stress is None else (stress,)), edges.count, edges.moved)
+        self._all = torch.cat([value.double().flatten() for value in values])
 
     def _by_system(self, values: torch.Tensor) -> torch.Tensor:
         """Sums of values [N, ...] over the atoms of each system, always in the same order."""
