@@ -102,7 +102,7 @@ def _time_model(spec: Spec, ready: blocks.Prepared, device: torch.device) -> Row
 
 
 def _time_step(spec: Spec, ready: blocks.Prepared, device: torch.device) -> Row:
-    return md_step.time_step(ready.calls[spec.direction][0], device)
+    return {"kind": "md step"} | md_step.time_step(ready.calls[spec.direction][0], device)
 
 
 TIMED: dict[type, Callable] = {models.ModelCase: _time_model, md_step.StepCase: _time_step}

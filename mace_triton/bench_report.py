@@ -214,7 +214,27 @@ SECTIONS = (
 )
 
 
+def step_table(rows: list[Row]) -> Iterator[str]:
+    """A step of molecular dynamics: what a user waits for, and what of it the GPU works; ratios are of wall times."""
+    walls = {(r["case"], r["atoms"], r["provider"]): r["wall_ms"] for r in rows if r["precision"] == "fp32" and _ok(r)}
+    lines = []
+    for row in rows:
+        peers = [] if row["provider"] != OURS or not _ok(row) else PEERS
+        found = {peer: walls.get((row["case"], row["atoms"], peer)) for peer in peers}
+        ratios = ", ".join(f"{peer} {number(ms / row['wall_ms'])}x" for peer, ms in found.items() if ms)
+        figures = [number(row.get(key)) for key in ("wall_ms", "gpu_ms", "launches")] if _ok(row) else ["", "", ""]
+        error = f"{row['error']:.0e}" if _ok(row) else f"{row['status']}: {row['reason']}"
+        lines.append([*_name(row), str(row["direction"]), *figures, error, ratios])
+    head = ("model", "atoms", "provider", "precision", "what", "wall ms", "GPU ms", "launches", "error", "peer / ours")
+    yield from table(head, lines)
+
+
+def _ok(row: Row) -> bool:
+    return row["status"] == "ok"
+
+
 KINDS = {
+    "md step": ("Steps of molecular dynamics with ASE", step_table),
     "memory": ("Peak memory of whole models", memory_table),
     "first use": ("First use of a model, in a fresh process", first_use_table),
 }
