@@ -1,4 +1,4 @@
-"""The command line: `mace-triton demo | info | bench | dev`."""
+"""The command line: `mace-triton demo | md | info | bench | dev`."""
 
 from __future__ import annotations
 
@@ -95,6 +95,37 @@ def demo(
             summary,
         )
         run(options, console)
+
+
+@app.command()
+def md(
+    model: Annotated[str, typer.Argument(help="'water' (shipped), a .model file, or a foundation model's name.")],
+    structure: Annotated[Path, typer.Argument(help="Any file that ASE reads; its last frame, with its velocities.")],
+    steps: Annotated[int, typer.Option(help="Steps of the whole run, those before a restart included.")] = 10000,
+    ensemble: Annotated[str, typer.Option(help="nve, nvt (Langevin) or npt (isotropic).")] = "nvt",
+    out: Annotated[
+        Path | None, typer.Option(help="Trajectory (extended xyz); table and restart file beside it.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the restart file beside --out.")] = False,
+    temperature: Annotated[float, typer.Option(help="Kelvin; of new velocities, too.")] = 300.0,
+    pressure: Annotated[float, typer.Option(help="Of npt, bar.")] = 1.0,
+    timestep: Annotated[float, typer.Option(help="Femtoseconds.")] = 0.5,
+    friction: Annotated[float, typer.Option(help="Of nvt, 1/fs.")] = 0.01,
+    every: Annotated[int, typer.Option(help="Steps between frames, lines of the table and restart files.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of new velocities and the thermostat.")] = 0,
+    precision: Annotated[str | None, typer.Option(help="fp64, fp32, tf32, bf16, fp16; default: the model's.")] = None,
+    head: Annotated[str | None, typer.Option(help="Of a model with several.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:N or cpu; default: a GPU if there is one.")] = None,
+    skin: Annotated[float, typer.Option(help="Angstrom beyond the cutoff in which neighbours are kept.")] = 1.0,
+    force: Annotated[bool, typer.Option("--force", help="Run although the certificate failed.")] = False,
+) -> None:
+    """Molecular dynamics of a structure, after a certificate against e3nn in FP64."""
+    given = dict(locals())
+    quiet()
+    with one_line_errors():
+        from .md import Options, run
+
+        run(Options(**given), console)
 
 
 @app.command()
