@@ -16,7 +16,7 @@ from mace.modules import models
 
 from .certify import Certificate, certify, pick_head
 from .convert import accelerate, load_model
-from .engine import Engine
+from .engine import Engine, Results
 from .models import load_water
 from .precision import Precision
 
@@ -67,17 +67,11 @@ class MACETritonCalculator(MACECalculator):
 
     def calculate(self, atoms=None, properties=None, system_changes=all_changes):
         """Energy, forces and stress (eV, angstrom), and the energies of the atoms, as `MACECalculator` gives them."""
-        if self.skin is None or self.compute_atomic_stresses or not all(map(_reads_atoms_alone, self.models)):
+        if not self.runs_on_engine or self.compute_atomic_stresses:
             super().calculate(atoms, properties, system_changes)
             return
         Calculator.calculate(self, atoms)
-        if not self.engines or not _alike(atoms, self.engines[0].structures[0]):
-            self.engines = []  # their memory is free before new ones take some
-            self.engines = [Engine(m, atoms.copy(), head=self.head, skin=self.skin) for m in self.models]
-        self.results, found = {}, []
-        for engine in self.engines:
-            engine.step(atoms.positions, atoms.cell.array[None])
-            found.append(engine.on_host())
+        self.results, found = {}, [_step(engine, atoms) for engine in self._engines_for(atoms)]
         energy, energies, forces, stress = (
             np.stack([getattr(results, key) for results in found]) for key in ("energy", "energies", "forces", "stress")
         )
@@ -90,6 +84,18 @@ class MACETritonCalculator(MACECalculator):
         self.results["energies"] = energies.mean(axis=0) * self.energy_units_to_eV
         self.results["node_energy"] = self.results["energies"] - self.engines[0].atomic_energies
 
+    @property
+    def runs_on_engine(self) -> bool:
+        """Whether steps run on `Engine`: with a skin, and models that read nothing but atoms and cell."""
+        return self.skin is not None and all(map(_reads_atoms_alone, self.models))
+
+    def _engines_for(self, atoms: ase.Atoms) -> list[Engine]:
+        """One for each model; those at hand if they were made for such atoms."""
+        if not self.engines or not _alike(atoms, self.engines[0].structures[0]):
+            self.engines = []  # their memory is free before new ones take some
+            self.engines = [Engine(m, atoms.copy(), head=self.head, skin=self.skin) for m in self.models]
+        return self.engines
+
     def _share(self, key: str, values: np.ndarray) -> None:
         """Put the mean over the committee in the results, and the values and their variance where there are several."""
         mean = values.mean(axis=0)
@@ -98,8 +104,21 @@ class MACETritonCalculator(MACECalculator):
             self.results[key + "_comm"], self.results[key + "_var"] = values, values.var(axis=0)
 
     def certify(self, atoms: ase.Atoms) -> Certificate:
-        """The certificate of the (first) model on `atoms`: differences to e3nn FP64 with the same weights."""
-        return certify(self.models[0], None, atoms, head=self.head)
+        """The certificate of the (first) model on `atoms`, as steps run it: differences to e3nn FP64, same weights."""
+        fast = _single_point(self._engines_for(atoms)[0], atoms) if self.runs_on_engine else None
+        return certify(self.models[0], None, atoms, head=self.head, fast=fast)
+
+
+def _step(engine: Engine, atoms: ase.Atoms) -> Results:
+    engine.step(atoms.positions, atoms.cell.array[None])
+    return engine.on_host()
+
+
+def _single_point(engine: Engine, atoms: ase.Atoms) -> dict:
+    """What `certify.single_point` gives, from the engine."""
+    results = _step(engine, atoms)
+    stress = {"stress": results.stress} if atoms.pbc.all() else {}
+    return {"energy": float(results.energy[0]), "forces": results.forces} | stress
 
 
 def _alike(atoms: ase.Atoms, other: ase.Atoms) -> bool:

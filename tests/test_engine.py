@@ -9,7 +9,7 @@ from mace.calculators import MACECalculator
 from test_mace_parity import EXACT, SMALL, close, e3nn_model, fast_model, rms
 
 import mace_triton as mt
-from mace_triton.engine import Engine
+from mace_triton.engine import Engine, Results
 from mace_triton.ops import dispatch
 
 
@@ -214,3 +214,23 @@ def test_calculator_leaves_to_mace_what_reads_more_than_atoms(device, reference_
     with pytest.raises(AttributeError, match="embedding_specs"):  # MACE asks which; an engine would not
         results_of(ours, atoms)
     assert ours.engines == []
+
+
+def test_certificate_of_a_calculator_is_of_what_it_runs(device, reference_path):
+    """A wrong engine fails it, whatever the model's own forward gives."""
+    model = mm.build("mp-small", device=device, **SMALL)
+    atoms = mm.random_structures(SMALL["elements"], seed=13)[0]
+    ours = mt.MACETritonCalculator(model, precision="fp64", device=device.type, skin=1.0)
+    assert ours.certify(atoms).passed
+    on_host = ours.engines[0].on_host
+
+    def off():
+        right = on_host()
+        return Results(right.energy, right.energies, right.forces + 1e-3, right.stress)
+
+    ours.engines[0].on_host = off
+    certificate = ours.certify(atoms)
+    assert not certificate.passed
+    assert certificate.force_rmse == pytest.approx(1.0, rel=1e-3)
+    ours.skin = None
+    assert ours.certify(atoms).passed
