@@ -34,14 +34,15 @@ def edge_filter_mark_kernel(
     near_ptr,  # [candidates] int8
     count_ptr,  # [nodes + 1], the first is zero
     moved_ptr,  # [1], zero
+    reach_ptr,  # [1]
     square,
-    reach,
     BLOCK: tl.constexpr,
 ):
     node = tl.program_id(0)
     x, y, z = tl.load(x_ptr + 3 * node), tl.load(x_ptr + 3 * node + 1), tl.load(x_ptr + 3 * node + 2)
     a, b, c = x - tl.load(was_ptr + 3 * node), y - tl.load(was_ptr + 3 * node + 1), z - tl.load(was_ptr + 3 * node + 2)
-    stays = a * a + b * b + c * c <= reach  # false for NaN
+    reach = tl.load(reach_ptr)
+    stays = a * a + b * b + c * c <= reach * reach  # false for NaN
     tl.atomic_max(moved_ptr, 1, mask=stays == 0, sem="relaxed")
     begin, end = tl.load(ptr_ptr + node), tl.load(ptr_ptr + node + 1)
     total = tl.zeros([BLOCK], tl.int32)
@@ -115,8 +116,9 @@ def edge_filter_write_kernel(
         tl.store(row_ptr + nodes + to, row, mask=to <= idle)
 
 
-def edge_filter(x, was, rows, cutoff: float, reach: float, capacity: int, idle: int, far: float) -> tuple:
-    """rows: (ptr [N + 1], sender [K], shift [K, 3], unit_shift [K, 3]), the indices int32; x and was [N or more, 3].
+def edge_filter(x, was, rows, reach, cutoff: float, capacity: int, idle: int, far: float) -> tuple:
+    """rows: (ptr [N + 1], sender [K], shift [K, 3], unit_shift [K, 3]), the indices int32; x and was [N or more, 3];
+    reach [1].
 
     Returns edge_index [2, capacity] int64 (sender, receiver), shifts and unit shifts [capacity, 3], row_ptr
     [N + idle + 1] and sender [capacity] int32, how many edges are near [1], and whether an atom has gone further than
@@ -131,7 +133,7 @@ def edge_filter(x, was, rows, cutoff: float, reach: float, capacity: int, idle: 
     row_ptr, senders = ptr.new_empty(nodes + idle + 1), ptr.new_empty(capacity)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         edge_filter_mark_kernel[(nodes,)](
-            *(x, was, ptr, sender, shift, near, count, moved), cutoff * cutoff, reach * reach, BLOCK=block, num_warps=4
+            *(x, was, ptr, sender, shift, near, count, moved, reach), cutoff * cutoff, BLOCK=block, num_warps=4
         )
         start = torch.cumsum(count, 0, dtype=torch.int32)
         edge_filter_write_kernel[(nodes + triton.cdiv(max(capacity, idle + 1), block),)](
@@ -151,9 +153,9 @@ def offline_cases(target: str = "sm_90", dtypes: tuple[str, ...] = ("fp64", "fp3
     words = {"near_ptr": "*i8", "edge_ptr": "*i64"} | dict.fromkeys(
         ("ptr_ptr", "sender_ptr", "count_ptr", "moved_ptr", "start_ptr", "row_ptr", "from_ptr"), "*i32"
     )
-    scalars = dict.fromkeys(("square", "reach", "far"), "fp32") | dict.fromkeys(("nodes", "idle", "capacity"), "i32")
+    scalars = dict.fromkeys(("square", "far"), "fp32") | dict.fromkeys(("nodes", "idle", "capacity"), "i32")
     names = {
-        "mark": "x_ptr was_ptr ptr_ptr sender_ptr shift_ptr near_ptr count_ptr moved_ptr square reach",
+        "mark": "x_ptr was_ptr ptr_ptr sender_ptr shift_ptr near_ptr count_ptr moved_ptr reach_ptr square",
         "write": "ptr_ptr sender_ptr shift_ptr unit_ptr near_ptr start_ptr row_ptr from_ptr edge_ptr out_shift_ptr "
         "out_unit_ptr nodes idle capacity far",
     }

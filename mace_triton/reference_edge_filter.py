@@ -8,7 +8,7 @@ PAD = 64
 """Idle edges an idle node."""
 
 
-def edge_filter(x, was, rows, cutoff: float, reach: float, capacity: int, idle: int, far: float) -> tuple:
+def edge_filter(x, was, rows, reach, cutoff: float, capacity: int, idle: int, far: float) -> tuple:
     """As `kernels.edge_filter.edge_filter`."""
     ptr, sender, shift, unit = rows
     nodes = ptr.shape[0] - 1

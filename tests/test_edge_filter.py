@@ -30,8 +30,8 @@ def filtered(x: torch.Tensor, pairs: Candidates, capacity: int, idle: int, was=N
         x,
         x if was is None else was,
         pairs,
+        x.new_full((1,), 0.5),
         cutoff=CUTOFF,
-        reach=0.5,
         capacity=capacity,
         idle=idle,
         far=FAR,
@@ -75,7 +75,9 @@ def test_finds_what_a_search_finds(dtype, room, device):
     assert torch.equal(edges.row_ptr.long(), ptr)
     assert torch.equal(edges.sender.long(), edges.edge_index[0])
     for one, two in zip(
-        edges, reference.edge_filter(x, x, tuple(pairs), CUTOFF, 0.5, capacity, idle, FAR), strict=True
+        edges,
+        reference.edge_filter(x, x, tuple(pairs), x.new_full((1,), 0.5), CUTOFF, capacity, idle, FAR),
+        strict=True,
     ):
         assert torch.equal(one, two)
 
@@ -107,7 +109,7 @@ def test_any_size(data, device):
     spare, capacity = data.draw(st.integers(0, 9)), data.draw(st.integers(1, 400))
     x = torch.randn(nodes + idle, 3, device=device)
     pairs = candidates_of(x, nodes, degree, spare)
-    want = reference.edge_filter(x, x, tuple(pairs), CUTOFF, 0.5, capacity, idle, FAR)
+    want = reference.edge_filter(x, x, tuple(pairs), x.new_full((1,), 0.5), CUTOFF, capacity, idle, FAR)
     for one, two in zip(filtered(x, pairs, capacity, idle), want, strict=True):
         assert torch.equal(one, two)
 

@@ -74,13 +74,35 @@ def test_any_cell(pbc, device, reference_path):
     check(found, model, moved([atoms], 0.3))
 
 
-def test_a_cell_that_breathes(device, reference_path):
+@pytest.mark.parametrize("systems", [1, 3])
+def test_a_cell_that_breathes(systems, device, reference_path):
+    """Candidates follow small strains, volume and shape alike, with atoms that move; large ones ask for new ones."""
+    start = [mm.random_structures(SMALL["elements"], seed=seed)[0] for seed in range(systems)]
+    model, found = e3nn_model("mp-medium", device), Engine(fast_model("mp-medium", device), start, skin=1.5)
+    rng = np.random.default_rng(0)
+    check(found, model, start)
+    for size in (0.01, 0.02, 0.03):
+        strained = moved(start, 0.05)
+        for atoms in strained:
+            atoms.set_cell(atoms.cell.array @ (np.eye(3) + size * rng.uniform(-1, 1, (3, 3))), scale_atoms=True)
+        check(found, model, strained)
+    assert found.rebuilds == 1
+    for factor, rebuilds in ((0.8, 2), (1.2, 2), (0.7, 3)):  # nothing comes nearer in a cell that grows
+        for atoms in strained:
+            atoms.set_cell(factor * atoms.cell.array, scale_atoms=True)
+        check(found, model, strained)
+        assert found.rebuilds == rebuilds
+
+
+def test_strain_is_told_from_motion(device, reference_path):
+    """A cell that shrinks under atoms that stay is motion of the atoms in it: candidates are found anew in time."""
     atoms = mm.random_structures(SMALL["elements"], seed=3)[0]
-    model, found = e3nn_model("mp-medium", device), Engine(fast_model("mp-medium", device), atoms)
-    for factor in (1.0, 1.01, 0.99, 1.2):
-        breathed = atoms.copy()
-        breathed.set_cell(factor * atoms.cell.array @ (np.eye(3) + 0.01), scale_atoms=True)
-        check(found, model, [breathed])
+    model, found = e3nn_model("mp-medium", device), Engine(fast_model("mp-medium", device), atoms, skin=0.3)
+    check(found, model, [atoms])
+    for _ in range(6):
+        atoms.set_cell(0.985 * atoms.cell.array)
+        check(found, model, [atoms])
+    assert found.rebuilds > 1
 
 
 def test_the_bucket_grows_and_the_step_is_repeated(device, reference_path):
@@ -154,6 +176,19 @@ def test_policies_are_those_of_the_model(precision, device, reference_path):
         close(got.energy, got.energies.sum()[None], 1e-14, "energy")
     engine, model = (rms(torch.cat(errors[key])) for key in ("engine", "model"))
     assert model / 2 <= engine <= 2 * model
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_runs_where_gradients_are_off(mode, device, reference_path):
+    atoms = mm.random_structures(SMALL["elements"], seed=14)[0]
+    fast = fast_model("mp-small", device)
+    with mode():
+        found = Engine(fast, atoms)
+        first = found.step().forces.clone()
+        later = found.step(atoms.positions + 1.0).forces.clone()
+    want = mm.evaluate(e3nn_model("mp-small", device), mm.batch_of(e3nn_model("mp-small", device), [atoms]))["forces"]
+    close(first, want, EXACT, "forces")
+    close(later, want, EXACT, "forces")
 
 
 def test_bad_input_is_named(device):

@@ -74,6 +74,7 @@ class Engine:
     Raises ValueError for an empty list, a structure without atoms or an element that the model does not know.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: torch.nn.Module,
@@ -108,6 +109,8 @@ class Engine:
         pinned = {"dtype": torch.float64, "pin_memory": self.device.type == "cuda"}
         self._sent = torch.empty(self.atoms, 3, **pinned)
         systems = len(self.sizes)
+        self._system = torch.arange(systems).repeat_interleave(torch.tensor(self.sizes)).to(self.device)
+        self._reach = torch.empty(1, dtype=self.dtype, device=self.device)
         self._got = torch.empty(systems + 4 * self.atoms + (9 * systems if stress else 0) + 2, **pinned)
 
     def _take_weights(self) -> None:
@@ -120,6 +123,7 @@ class Engine:
     def _on_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.tensor(array, dtype=torch.float64, device=self.device)
 
+    @torch.inference_mode(False)
     def step(self, positions=None, cells=None) -> Results:
         """Results at `positions` [N, 3] (angstrom) in `cells` [B, 3, 3], arrays or tensors; None: as they were.
 
@@ -135,8 +139,9 @@ class Engine:
         if cells is not None:
             cells = _like(cells, self.cells, "cells").cpu().double().numpy()
             if not np.array_equal(cells, self._cells):
-                self._cells, fresh = cells.copy(), True
+                self._cells = cells.copy()
                 self.cells.copy_(torch.from_numpy(self._cells))
+                fresh = fresh or not self._strain()
         if fresh:
             self._find()
         for _ in range(4):
@@ -164,6 +169,7 @@ class Engine:
         reach = self.cutoff + self.skin
         pairs = neighbours.candidates(self.positions, self.cells, self.periodic, self.sizes, reach)
         near = max(self._near(pairs), room)
+        self._listed = pairs.sender.shape[0]
         if self._pairs is None or pairs.sender.shape[0] > self._pairs.sender.shape[0] or near > self.capacity:
             self._allocate(pairs, near)
         else:
@@ -171,7 +177,33 @@ class Engine:
             for old, new in zip(self._pairs, fitting, strict=True):
                 old.copy_(new)
             self._set_cells(self._data)
+        self._first = self.positions.clone(), self._cells.copy()
         self._was[: self.atoms] = self.positions
+        self._reach.fill_(0.5 * self.skin)
+
+    def _strain(self) -> bool:
+        """Take the candidates along to the cells as they are; False where that cannot be done.
+
+        Strained by F, the atoms stand where they were, times F. No pair gets shorter than the smallest singular value
+        of F times what it was, so those not listed stay beyond the cutoff while no atom goes further from there than
+        half of what is left of the skin.
+        """
+        positions, cells = self._first
+        if not (bool(self.periodic.all()) and np.isfinite(self._cells).all()):
+            return False
+        strains = np.linalg.solve(cells, self._cells)
+        shortest = float(np.linalg.svd(strains, compute_uv=False).min())
+        left = 0.5 * (shortest * (self.cutoff + self.skin) - self.cutoff)
+        if not left > 0.25 * self.skin:
+            return False
+        strain = torch.from_numpy(strains).to(self.device)
+        self._was[: self.atoms] = torch.einsum("ni,nij->nj", positions, strain[self._system])
+        receiver = torch.repeat_interleave(self._pairs.ptr.diff().long(), output_size=self._listed)
+        units, cells = self._pairs.unit_shift[: self._listed].double(), self.cells[self._system[receiver]]
+        self._pairs.shift[: self._listed] = torch.einsum("ki,kij->kj", units, cells)
+        self._reach.fill_(left)
+        self._set_cells(self._data)
+        return True
 
     def _near(self, pairs: Candidates) -> int:
         """How many of the pairs are edges now."""
@@ -189,10 +221,8 @@ class Engine:
         self._data = self._batch()
         self._species = species.species_plan(self._data["node_attrs"])
         self._was = self._data["positions"].clone()
-        heads = (
-            self._data["head"][self._data["batch"]] if "head" in self._data else torch.zeros_like(self._data["batch"])
-        )
-        e0 = self.model.atomic_energies_fn(self._data["node_attrs"]).gather(1, heads[:, None].long())
+        heads = self._data["head"][self._data["batch"]]
+        e0 = self.model.atomic_energies_fn(self._data["node_attrs"]).gather(1, heads[:, None])
         self.atomic_energies = e0[: self.atoms, 0].double().cpu().numpy()
         starts, longest = np.cumsum([0, *self.sizes]), max(self.sizes)
         places = starts[:-1, None] + np.arange(longest)
@@ -253,6 +283,7 @@ class Engine:
         with torch.cuda.graph(self._graph):
             self._evaluate()
 
+    @torch.enable_grad()
     def _evaluate(self) -> None:
         """Edges, model, derivatives; what it leaves in `results` and `_all` is overwritten by the next replay."""
         idle = self._data["positions"][self.atoms :]
@@ -261,8 +292,8 @@ class Engine:
             x,
             self._was,
             self._pairs,
+            self._reach,
             cutoff=self.cutoff * (1 + 1e-6),  # beyond the model's own, where an edge weighs nothing
-            reach=0.5 * self.skin,
             capacity=self.capacity,
             idle=self.idle,
             far=3.0 * self.cutoff,

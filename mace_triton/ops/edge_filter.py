@@ -54,30 +54,30 @@ def edge_filter(
     x: torch.Tensor,
     was: torch.Tensor,
     candidates: Candidates,
+    reach: torch.Tensor,
     *,
     cutoff: float,
-    reach: float,
     capacity: int,
     idle: int,
     far: float,
 ) -> Edges:
     """The candidates nearer than `cutoff`, in their order, and idle edges up to `capacity`.
 
-    x, was: [N + idle, 3] float32 or float64, angstrom, positions now and when the candidates were found. reach: how far
-    an atom may have gone since, angstrom. idle: how many nodes behind the N real ones take idle edges. far: the length
-    of these, angstrom.
+    x, was: [N + idle, 3] float32 or float64, angstrom, positions now and when the candidates were found. reach: [1],
+    how far an atom may have gone since, angstrom. idle: how many nodes behind the N real ones take idle edges. far: the
+    length of these, angstrom.
 
     Raises ValueError for shapes, dtypes or devices that do not fit, and for capacity or idle below 1.
     """
-    _check(x, was, candidates, capacity, idle)
+    _check(x, was, candidates, reach, capacity, idle)
     which = dispatch.backend(x)
     dispatch.count("edge_filter", which)
     run = kernels.edge_filter if which == "triton" else reference.edge_filter
     with torch.no_grad():
-        return Edges(*run(x.detach(), was, tuple(candidates), cutoff, reach, capacity, idle, far))
+        return Edges(*run(x.detach(), was, tuple(candidates), reach, cutoff, capacity, idle, far))
 
 
-def _check(x, was, candidates: Candidates, capacity: int, idle: int) -> None:
+def _check(x, was, candidates: Candidates, reach: torch.Tensor, capacity: int, idle: int) -> None:
     nodes, pairs = candidates.ptr.shape[0] - 1, candidates.sender.shape[0]
     if capacity < 1 or idle < 1:
         raise ValueError(f"capacity and idle must be at least 1, got {capacity} and {idle}")
@@ -85,13 +85,15 @@ def _check(x, was, candidates: Candidates, capacity: int, idle: int) -> None:
         raise ValueError(f"x and was must be [{nodes} or more, 3], got {list(x.shape)} and {list(was.shape)}")
     if candidates.shift.shape != (pairs, 3) or candidates.unit_shift.shape != (pairs, 3):
         raise ValueError(f"candidates: shift and unit_shift must be [{pairs}, 3]")
-    floats = {t.dtype for t in (x, was, candidates.shift, candidates.unit_shift)}
-    if len(floats) != 1 or floats > {torch.float32, torch.float64}:
-        raise ValueError(f"x, was, shift and unit_shift must all be float32 or all float64, got {floats}")
+    if reach.shape != (1,):
+        raise ValueError(f"reach must have shape [1], got {list(reach.shape)}")
+    floats = {t.dtype for t in (x, was, candidates.shift, candidates.unit_shift, reach)}
+    if len(floats) != 1 or not floats <= {torch.float32, torch.float64}:
+        raise ValueError(f"x, was, reach, shift and unit_shift must all be float32 or all float64, got {floats}")
     if candidates.ptr.dtype != torch.int32 or candidates.sender.dtype != torch.int32:
         raise ValueError("candidates: ptr and sender must be int32")
-    tensors = (x, was, *candidates)
+    tensors = (x, was, reach, *candidates)
     if len({t.device for t in tensors}) != 1:
-        raise ValueError("x, was and candidates must be on one device")
+        raise ValueError("x, was, reach and candidates must be on one device")
     if not all(t.is_contiguous() for t in tensors):
-        raise ValueError("x, was and candidates must be contiguous")
+        raise ValueError("x, was, reach and candidates must be contiguous")
