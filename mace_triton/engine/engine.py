@@ -15,6 +15,7 @@ On a CPU the same functions run one after another, without a graph.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -106,6 +107,7 @@ class Engine:
         self.rebuilds = self.captures = 0
         self.capacity = 0
         self._graph = self._pairs = None
+        self._recording = self.device.type == "cuda"
         pinned = {"dtype": torch.float64, "pin_memory": self.device.type == "cuda"}
         self._sent = torch.empty(self.atoms, 3, **pinned)
         systems = len(self.sizes)
@@ -259,29 +261,47 @@ class Engine:
         cells.copy_(torch.where(whole[:, None, None], self.cells.to(self.dtype), cells))
 
     def _run(self) -> None:
-        """Evaluate the buffers: eagerly on a CPU, by the graph on a GPU."""
-        if self.device.type != "cuda":
-            self._evaluate()
-            self._got.copy_(self._all)
-            return
+        """Evaluate the buffers: by the graph on a GPU, else one kernel after another."""
+        if self._recording and self._graph is None:
+            self._graph = self._recorded()
         if self._graph is None:
-            self._capture()
-        self._graph.replay()
+            self._evaluate()
+        else:
+            self._graph.replay()
         self._got.copy_(self._all, non_blocking=True)
-        torch.cuda.current_stream(self.device).synchronize()
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
-    def _capture(self) -> None:
-        """Record the step once its kernels are compiled."""
-        self.captures += 1
+    def _recorded(self) -> torch.cuda.CUDAGraph | None:
+        """The step as a CUDA graph; None, with a warning, for a model that does what a graph cannot hold."""
+        self._warm_up()
+        try:
+            recorded = self._record()
+            self.captures += 1
+            return recorded
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._recording = False
+            reason = str(error).splitlines()[0]
+            message = f"this model's step does not go into a CUDA graph and runs kernel by kernel, slower: {reason}"
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+            return None
+
+    def _warm_up(self) -> None:
+        """Compile what the step needs, on a stream of its own as CUDA graphs want it."""
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
                 self._evaluate()
         torch.cuda.current_stream(self.device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+
+    def _record(self) -> torch.cuda.CUDAGraph:
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded):
             self._evaluate()
+        return recorded
 
     @torch.enable_grad()
     def _evaluate(self) -> None:
