@@ -14,15 +14,16 @@ import ase
 import numpy as np
 import torch
 
-from . import blocks, models, providers, structures, timing
+from . import blocks, models, providers, structures
 from .blocks import Prepared
-from .rows import Row
 
 DIRECTIONS = ("Langevin step",)
 TIME_STEP, TEMPERATURE, FRICTION = 0.5, 300.0, 0.01
 """fs, K, 1 / fs: for water, and for models whose random weights make of it what they will."""
 SKIN = 1.0
 """Angstrom, of our calculator's engine."""
+STEPS = 21
+"""Of which the median is taken."""
 
 
 @dataclass(frozen=True)
@@ -41,23 +42,19 @@ class StepCase:
 
     def prepare(self, provider: str, precision: str, variant: str, device: torch.device, direction: str) -> Prepared:
         """Build the calculator, gate its forces, set the dynamics up."""
-        calculator = _calculator(self.name, self.channels, self.elements, provider, precision, device)
         atoms = self.structure()
-        atoms.calc = calculator
+        atoms.calc = calculator(self.name, self.channels, self.elements, provider, precision, device)
         forces = {"forces": torch.from_numpy(np.asarray(atoms.get_forces(), dtype=np.float64))}
-        expected, extra = models._reference(models.ModelCase(*self.shape), models.DIRECTIONS[0], device)
+        case = models.ModelCase(self.name, self.atoms, self.channels, self.elements)
+        expected, extra = models._reference(case, models.DIRECTIONS[0], device)
         tolerance = {"forces": models.TOLERANCE[precision]}
         errors = blocks.gate(forces, {"forces": expected["forces"].double()}, tolerance)
         step = _dynamics(atoms)
         return Prepared({direction: [step]}, {}, {}, errors, {"reference": extra})
 
-    @property
-    def shape(self) -> tuple:
-        return self.name, self.atoms, self.channels, self.elements
-
 
 @lru_cache(maxsize=1)
-def _calculator(name: str, channels: int, elements: tuple, provider: str, precision: str, device: torch.device):
+def calculator(name: str, channels: int, elements: tuple, provider: str, precision: str, device: torch.device):
     """A conversion takes long, and a calculator serves every size."""
     from mace.calculators import MACECalculator
 
@@ -82,18 +79,3 @@ def _dynamics(atoms: ase.Atoms) -> Callable[[], object]:
     friction = FRICTION / units.fs
     dynamics = Langevin(atoms, TIME_STEP * units.fs, temperature_K=TEMPERATURE, friction=friction, rng=rng)
     return dynamics.step
-
-
-def forget() -> None:
-    _calculator.cache_clear()
-
-
-def time_step(call: Callable[[], object], device: torch.device) -> Row:
-    """Wall time of a step, and the GPU's share of it."""
-    timing.warm_up([call], device)
-    walls = sorted(timing._wall_ms(call, device) for _ in range(21 if device.type == "cuda" else 3))
-    found = timing.profile([call], device)
-    row: Row = {"wall_ms": walls[len(walls) // 2], "kernel_ms": None, "launches": None, "kernels": []}
-    if found is not None:
-        row |= {"kernel_ms": found.kernel_ms, "launches": found.launches, "kernels": found.top}
-    return row | {"gpu_ms": row["kernel_ms"] or row["wall_ms"]}

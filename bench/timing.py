@@ -151,10 +151,10 @@ def time_calls(calls: Sequence[Call], device: torch.device) -> Timing:
     return _summary(list(samples), wall, host_bound=sum(late) > rounds // 2)
 
 
-def time_wall(call: Call, device: torch.device) -> float:
+def time_wall(call: Call, device: torch.device, repeats: int = 7) -> float:
     """Median wall time in milliseconds, the device idle before and after each call."""
     warm_up([call], device)
-    return statistics.median(_wall_ms(call, device) for _ in range(7 if device.type == "cuda" else 3))
+    return statistics.median(_wall_ms(call, device) for _ in range(repeats if device.type == "cuda" else 3))
 
 
 def profile(calls: Sequence[Call], device: torch.device) -> KernelProfile | None:
