@@ -141,14 +141,24 @@ _READ_FROM_INFO = {"total_charge": "charge", "total_spin": "spin", "external_fie
 
 
 def _batch(model: torch.nn.Module, atoms: ase.Atoms, head: str | None, dtype: torch.dtype):
+    return torch_geometric.Batch.from_data_list([graph_of(model, atoms, head, dtype)])
+
+
+def graph_of(
+    model: torch.nn.Module, atoms: ase.Atoms, head: str | None, dtype: torch.dtype, keys: KeySpecification | None = None
+) -> AtomicData:
+    """MACE's graph of one structure. keys: where charges and the like lie; None: where MACECalculator looks for them.
+
+    Raises ValueError for an unknown head and for what `check_structure` refuses.
+    """
     table = AtomicNumberTable([int(z) for z in model.atomic_numbers])
     heads = list(getattr(model, "heads", None) or ["Default"])
     check_structure(atoms, table.zs)
     head = pick_head(heads, head)
+    keys = keys or KeySpecification(dict(_READ_FROM_INFO), {"charges": "Qs"})
     with default_dtype(dtype):
-        config = config_from_atoms(atoms, KeySpecification(dict(_READ_FROM_INFO), {"charges": "Qs"}), head_name=head)
-        graph = AtomicData.from_config(config, z_table=table, cutoff=float(model.r_max), heads=heads)
-    return torch_geometric.Batch.from_data_list([graph])
+        config = config_from_atoms(atoms, keys, head_name=head)
+        return AtomicData.from_config(config, z_table=table, cutoff=float(model.r_max), heads=heads)
 
 
 def check_structure(atoms: ase.Atoms, known: list[int]) -> None:

@@ -19,9 +19,7 @@ def edge_filter(x, was, rows, reach, cutoff: float, capacity: int, idle: int, fa
     vector = x[receiver.clamp(max=nodes - 1)] - x[sender] + shift
     near = (vector.square().sum(1) < cutoff * cutoff) & listed
     start = torch.zeros_like(ptr)
-    start[1:] = (
-        torch.zeros_like(ptr[1:]).index_add(0, receiver.clamp(max=nodes - 1), (near & listed).to(ptr.dtype)).cumsum(0)
-    )
+    start[1:] = torch.zeros_like(ptr[1:]).index_add(0, receiver.clamp(max=nodes - 1), near.to(ptr.dtype)).cumsum(0)
     kept = number[near][:capacity]
     senders, receivers = sender[kept], receiver[kept]
     spare = capacity - kept.shape[0]

@@ -12,10 +12,7 @@ import mace_triton as mt
 from mace_triton.engine import Engine, Results
 from mace_triton.ops import dispatch
 
-
-@pytest.fixture(autouse=True)
-def nan_filled_empties() -> None:
-    """Not here: building e3nn modules compiles TorchScript, which cannot see through a patched torch.empty."""
+pytestmark = pytest.mark.torchscript
 
 
 def check(found: Engine, model: torch.nn.Module, structures: list[ase.Atoms], head: int = 0) -> None:
@@ -220,6 +217,14 @@ def test_bad_input_is_named(device):
         Engine(fast, atoms, skin=-1.0)
     with pytest.raises(ValueError, match="positions must have shape"):
         Engine(fast, atoms).step(atoms.positions[1:])
+    with pytest.raises(ValueError, match="positions must have shape"):
+        Engine(fast, atoms).step(atoms.positions.T)
+    with pytest.raises(ValueError, match="cells must have shape"):
+        Engine(fast, atoms).step(cells=atoms.cell.array)
+    with pytest.raises(ValueError, match="head 'typo'"):
+        Engine(fast, atoms, head="typo")
+    with pytest.raises(ValueError, match="pass head="):
+        Engine(fast_model("multi-head", device), atoms)
 
 
 def results_of(calculator, atoms: ase.Atoms) -> dict:

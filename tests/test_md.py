@@ -13,13 +13,9 @@ from mace_triton import cli, md
 from mace_triton.certify import Certificate
 from mace_triton.water import water_box
 
-pytestmark = pytest.mark.usefixtures("reference_path")  # without a GPU: as users run it, not in the interpreter
+# Without a GPU: as users run it, not in the interpreter.
+pytestmark = [pytest.mark.usefixtures("reference_path"), pytest.mark.torchscript]
 runner = CliRunner()
-
-
-@pytest.fixture(autouse=True)
-def nan_filled_empties() -> None:
-    """Not here: these tests build models, and TorchScript cannot compile the poisoned torch.empty of conftest.py."""
 
 
 @pytest.fixture(scope="module")

@@ -24,11 +24,10 @@ import ase
 import mace  # noqa: F401  before e3nn, see mace_triton/__init__.py
 import numpy as np
 import torch
-from mace.data import AtomicData, KeySpecification, config_from_atoms
-from mace.tools import AtomicNumberTable, torch_geometric
-from mace.tools.torch_tools import default_dtype
+from mace.data import KeySpecification
+from mace.tools import torch_geometric
 
-from ..certify import check_structure
+from ..certify import check_structure, graph_of, pick_head
 from ..ops import graph, species
 from ..ops.edge_filter import Candidates, Edges, edge_filter
 from ..reference_edge_filter import PAD
@@ -68,11 +67,11 @@ class Engine:
     `ase.Atoms`; elements, periodicity and, in `atoms.info`, what the model reads beside the atoms stay as they are.
     head: of a model with several. stress: whether it is computed. skin: angstrom, how much longer than the cutoff the
     candidates are; atoms may go half of it before these are found anew. keys: MACE's specification of where charges and
-    the like lie in `atoms.info` and `atoms.arrays`.
+    the like lie in `atoms.info` and `atoms.arrays`; None: where MACECalculator looks for them.
 
     Weights of `model` that change between steps are noticed.
 
-    Raises ValueError for an empty list, a structure without atoms or an element that the model does not know.
+    Raises ValueError for an empty list, a structure without atoms, an element or a head that the model does not know.
     """
 
     @torch.inference_mode(False)
@@ -97,7 +96,7 @@ class Engine:
         first = next(model.parameters())
         self.device, self.dtype = first.device, first.dtype
         self.cutoff, self.skin, self.stress = float(model.r_max), skin, stress
-        self.head, self.keys = head, keys or KeySpecification()
+        self.head, self.keys = pick_head(list(getattr(model, "heads", None) or ["Default"]), head), keys
         self.sizes = [len(atoms) for atoms in self.structures]
         self.atoms = sum(self.sizes)
         self.periodic = torch.tensor(np.array([atoms.pbc for atoms in self.structures]))
@@ -233,21 +232,11 @@ class Engine:
 
     def _batch(self) -> dict[str, torch.Tensor]:
         """MACE's input for the structures and the idle atoms behind them; the edges are not those of a step."""
-        heads = list(getattr(self.model, "heads", None) or ["Default"])
-        table = AtomicNumberTable([int(z) for z in self.model.atomic_numbers])
         far = 10.0 * self.cutoff * np.arange(self.idle)[:, None] * np.eye(3)[:1]
         idle = ase.Atoms(np.full(self.idle, self.structures[0].numbers[0]), far)
         idle.info.update(self.structures[0].info)
-        with default_dtype(self.dtype):
-            graphs = [
-                AtomicData.from_config(
-                    config_from_atoms(atoms, self.keys, head_name=self.head or heads[0]),
-                    z_table=table,
-                    cutoff=self.cutoff,
-                    heads=heads,
-                )
-                for atoms in (*self.structures, idle)
-            ]
+        systems = (*self.structures, idle)
+        graphs = [graph_of(self.model, atoms, self.head, self.dtype, self.keys) for atoms in systems]
         data = torch_geometric.Batch.from_data_list(graphs).to(self.device).to_dict()
         data = {key: value for key, value in data.items() if torch.is_tensor(value)}
         data = {key: value.to(self.dtype) if value.is_floating_point() else value for key, value in data.items()}
@@ -355,8 +344,8 @@ class Engine:
 
 
 def _like(given, buffer: torch.Tensor, name: str) -> torch.Tensor:
-    """`given` as a tensor of the buffer's shape."""
-    given = torch.as_tensor(given)
-    if given.shape != buffer.shape and given.numel() != buffer.numel():
+    """`given` as a tensor; ValueError unless it has the buffer's shape."""
+    given = torch.as_tensor(given).detach()
+    if given.shape != buffer.shape:
         raise ValueError(f"{name} must have shape {list(buffer.shape)}, got {list(given.shape)}")
-    return given.detach().reshape(buffer.shape)
+    return given
