@@ -23,7 +23,7 @@ from . import tiles
 
 
 @triton.jit
-def _products(n):
+def products(n):
     x, y, z = n
     return x * x, y * y, z * z, x * y, x * z, y * z
 
@@ -100,12 +100,12 @@ def _dot(a, b):
 
 
 @triton.jit
-def _scaled(a, factor):
+def scaled(a, factor):
     return a[0] * factor, a[1] * factor, a[2] * factor
 
 
 @triton.jit
-def _tangential(a, n):
+def tangential(a, n):
     """a without its part along n."""
     along = _dot(a, n)
     return a[0] - n[0] * along, a[1] - n[1] * along, a[2] - n[2] * along
@@ -128,7 +128,7 @@ def store_vector(ptr, edge, inside, v):
 
 
 @triton.jit
-def _unit(v):
+def unit(v):
     """Unit vectors and inverse lengths; both are zero for a vector of length zero."""
     square = _dot(v, v)
     if square.dtype == tl.float64:
@@ -136,7 +136,7 @@ def _unit(v):
     else:
         inverse = tl.div_rn(tl.full(square.shape, 1.0, tl.float32), tl.sqrt_rn(tl.where(square > 0, square, 1.0)))
     inverse = tl.where(square > 0, inverse, 0.0)
-    return _scaled(v, inverse), inverse
+    return scaled(v, inverse), inverse
 
 
 @triton.jit
@@ -166,7 +166,7 @@ def _split4(tile):
 
 
 @triton.jit
-def _load_harmonics(ptr, edge, inside, DIM: tl.constexpr):
+def load_harmonics(ptr, edge, inside, DIM: tl.constexpr):
     """The 16 numbers of each edge's row, zero beyond DIM."""
     place, mask = places(edge, inside, DIM, 16)
     tile = tl.reshape(tl.load(ptr + place, mask=mask, other=0.0), (place.shape[0], 2, 2, 2, 2))
@@ -197,19 +197,19 @@ def edge_harmonics_fwd_kernel(
 ):
     SQRT3: tl.constexpr = 3.0**0.5
     edge, inside = edges_of(n_edges, BLOCK_E)
-    n, _ = _unit(load_vector(v_ptr, edge, inside))
-    q = _products(n)
+    n, _ = unit(load_vector(v_ptr, edge, inside))
+    q = products(n)
     one = tl.full(n[0].shape, 1.0, n[0].dtype)
-    first = _scaled(n, SQRT3)
+    first = scaled(n, SQRT3)
     _store_harmonics(y_ptr, edge, inside, (one,) + first + _second(q) + _third(n, q), DIM)  # noqa: RUF005  no stars in Triton
 
 
 @triton.jit
-def _gradient(g, n, q):
+def gradient(g, n, q):
     """G, the gradient of <g, Y> by n."""
     SQRT3: tl.constexpr = 3.0**0.5
     _, g1, g2, g3, _, _, _, _, _, _, _, _, _, _, _, _ = g
-    return _add(_scaled((g1, g2, g3), SQRT3), _add(_pull_second(g, n), _pull_third(g, q)))
+    return _add(scaled((g1, g2, g3), SQRT3), _add(_pull_second(g, n), _pull_third(g, q)))
 
 
 @triton.jit(do_not_specialize=["n_edges"])
@@ -222,9 +222,9 @@ def edge_harmonics_bwd_kernel(
     BLOCK_E: tl.constexpr,
 ):
     edge, inside = edges_of(n_edges, BLOCK_E)
-    n, inverse = _unit(load_vector(v_ptr, edge, inside))
-    by_n = _gradient(_load_harmonics(g_ptr, edge, inside, DIM), n, _products(n))
-    store_vector(gv_ptr, edge, inside, _scaled(_tangential(by_n, n), inverse))
+    n, inverse = unit(load_vector(v_ptr, edge, inside))
+    by_n = gradient(load_harmonics(g_ptr, edge, inside, DIM), n, products(n))
+    store_vector(gv_ptr, edge, inside, scaled(tangential(by_n, n), inverse))
 
 
 @triton.jit(do_not_specialize=["n_edges"])
@@ -240,23 +240,23 @@ def edge_harmonics_bwd_bwd_kernel(
 ):
     SQRT3: tl.constexpr = 3.0**0.5
     edge, inside = edges_of(n_edges, BLOCK_E)
-    n, inverse = _unit(load_vector(v_ptr, edge, inside))
+    n, inverse = unit(load_vector(v_ptr, edge, inside))
     a = load_vector(a_ptr, edge, inside)
-    d = _scaled(_tangential(a, n), inverse)
-    q, dq = _products(n), _d_products(n, d)
+    d = scaled(tangential(a, n), inverse)
+    q, dq = products(n), _d_products(n, d)
     s0, s1, s2, s3, s4, s5, s6 = _third(d, q)
     t0, t1, t2, t3, t4, t5, t6 = _third(n, dq)
     third = s0 + t0, s1 + t1, s2 + t2, s3 + t3, s4 + t4, s5 + t5, s6 + t6
     zero = tl.zeros_like(inverse)
-    first = _scaled(d, SQRT3)
+    first = scaled(d, SQRT3)
     _store_harmonics(dg_ptr, edge, inside, (zero,) + first + _second(dq) + third, DIM)  # noqa: RUF005
-    g = _load_harmonics(g_ptr, edge, inside, DIM)
-    by_n, d_by_n = _gradient(g, n, q), _add(_pull_second(g, d), _pull_third(g, dq))
+    g = load_harmonics(g_ptr, edge, inside, DIM)
+    by_n, d_by_n = gradient(g, n, q), _add(_pull_second(g, d), _pull_third(g, dq))
     # gv = (G - n (n.G)) / r, and 1 / r falls by (n.a) / r of itself.
     along, d_along = _dot(n, by_n), _dot(d, by_n) + _dot(n, d_by_n)
-    gv = _scaled(_tangential(by_n, n), inverse * _dot(n, a))
-    dv = _add(d_by_n, _scaled(_add(_add(_scaled(d, along), _scaled(n, d_along)), gv), -1.0))
-    store_vector(dv_ptr, edge, inside, _scaled(dv, inverse))
+    gv = scaled(tangential(by_n, n), inverse * _dot(n, a))
+    dv = _add(d_by_n, scaled(_add(_add(scaled(d, along), scaled(n, d_along)), gv), -1.0))
+    store_vector(dv_ptr, edge, inside, scaled(dv, inverse))
 
 
 def harmonics(v: torch.Tensor, dim: int) -> torch.Tensor:

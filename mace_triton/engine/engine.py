@@ -32,6 +32,7 @@ from ..ops import graph, species
 from ..ops.edge_filter import Candidates, Edges, edge_filter
 from ..reference_edge_filter import PAD
 from . import neighbours
+from .chain import Chain, uncovered
 
 ROOM = 1.02
 """How much larger than its content a bucket is made."""
@@ -105,7 +106,8 @@ class Engine:
         self.cells = self._on_device(self._cells)
         self.rebuilds = self.captures = 0
         self.capacity = 0
-        self._graph = self._pairs = None
+        self._graph = self._pairs = self._chain = None
+        self.autograd_because = ""
         self._recording = self.device.type == "cuda"
         pinned = {"dtype": torch.float64, "pin_memory": self.device.type == "cuda"}
         self._sent = torch.empty(self.atoms, 3, **pinned)
@@ -221,6 +223,10 @@ class Engine:
         self._perm = torch.arange(self.capacity, dtype=torch.int32, device=self.device)
         self._data = self._batch()
         self._species = species.species_plan(self._data["node_attrs"])
+        heads = list(getattr(self.model, "heads", None) or ["Default"])
+        self.autograd_because = uncovered(self.model, self._species)
+        if not self.autograd_because:
+            self._chain = Chain(self.model, self._data, self._species, heads.index(self.head))
         self._was = self._data["positions"].clone()
         heads = self._data["head"][self._data["batch"]]
         e0 = self.model.atomic_energies_fn(self._data["node_attrs"]).gather(1, heads[:, None])
@@ -292,11 +298,10 @@ class Engine:
             self._evaluate()
         return recorded
 
-    @torch.enable_grad()
     def _evaluate(self) -> None:
         """Edges, model, derivatives; what it leaves in `results` and `_all` is overwritten by the next replay."""
         idle = self._data["positions"][self.atoms :]
-        x = torch.cat((self.positions.to(self.dtype), idle)).requires_grad_(True)
+        x = torch.cat((self.positions.to(self.dtype), idle))
         edges = edge_filter(
             x,
             self._was,
@@ -307,40 +312,49 @@ class Engine:
             idle=self.idle,
             far=3.0 * self.cutoff,
         )
-        shifts = edges.shifts.requires_grad_(self.stress)
+        if self._chain is None:
+            energies, gx, virial = self._by_autograd(x, edges)
+        else:
+            energies, gx, virial = self._chain(x, edges, self._perm)
+        energies, forces = energies[: self.atoms], -gx[: self.atoms]
+        energy = self._by_system(energies)
+        stress = self._stress(self._by_system(virial[: self.atoms].double())) if self.stress else None
+        self.results = Results(energy, energies, forces, stress)
+        values = (energy, energies, forces, *(() if stress is None else (stress,)), edges.count, edges.moved)
+        self._all = torch.cat([value.double().flatten() for value in values])
+
+    @torch.enable_grad()
+    def _by_autograd(self, x: torch.Tensor, edges: Edges) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """MACE's own forward, differentiated; the virials [N, 3, 3] are None where no stress is asked for."""
+        x, shifts = x.requires_grad_(True), edges.shifts.requires_grad_(self.stress)
         given = {"edge_index": edges.edge_index, "shifts": shifts, "unit_shifts": edges.unit_shifts, "positions": x}
         with ExitStack() as stack:
             stack.enter_context(graph.given(edges.plan(self._perm)))
             stack.enter_context(species.given(self._data["node_attrs"], self._species))
             out = self.model(self._data | given, compute_force=False)
-        energies = out["node_energy"].detach()[: self.atoms]
-        energy = self._by_system(energies)
         # MACE differentiates by a strain, whose way back through `cell[batch[sender]]` adds all edges to one place.
         gx, *along = torch.autograd.grad(out["energy"].sum(), (x, shifts) if self.stress else (x,))
-        stress = self._stress(x.detach(), edges, along[0]) if self.stress else None
-        forces = -gx[: self.atoms]
-        self.results = Results(energy, energies, forces, stress)
-        values = (energy, energies, forces, *(() if stress is None else (stress,)), edges.count, edges.moved)
-        self._all = torch.cat([value.double().flatten() for value in values])
+        return out["node_energy"].detach(), gx, self._virial(x.detach(), edges, along[0]) if self.stress else None
+
+    def _virial(self, x: torch.Tensor, edges: Edges, gradient: torch.Tensor) -> torch.Tensor:
+        """The edges' vectors times the gradients [E, 3] by them, as dyads, summed over each receiver's."""
+        sender, receiver = edges.edge_index
+        vectors = x.index_select(0, receiver) - x.index_select(0, sender) + edges.shifts.detach()
+        dyads = vectors.double()[:, :, None] * gradient.double()[:, None, :]
+        return dyads.new_zeros(x.shape[0], 3, 3).index_add_(0, receiver, dyads)
 
     def _by_system(self, values: torch.Tensor) -> torch.Tensor:
         """Sums of values [N, ...] over the atoms of each system, always in the same order."""
+        if len(self.sizes) == 1:
+            return values.sum(0, keepdim=True)
         zero = torch.zeros_like(values[:1])
         return torch.cat((values, zero))[self._places].sum(1)
 
-    def _stress(self, x: torch.Tensor, edges: Edges, gradient: torch.Tensor) -> torch.Tensor:
-        """dE/dstrain over the volume: the edges' vectors times the gradients [E, 3] by them, as dyads, summed."""
-        sender, receiver = edges.edge_index
-        vectors = (x.index_select(0, receiver) - x.index_select(0, sender) + edges.shifts.detach()).double()
-        if len(self.sizes) == 1:  # idle edges have no gradient
-            total = (vectors.T @ gradient.double())[None]
-        else:
-            each = (vectors[:, :, None] * gradient[:, None, :]).view(-1, 9)
-            nodes = torch.zeros(self.atoms + self.idle, 9, dtype=each.dtype, device=each.device)
-            total = self._by_system(nodes.index_add_(0, receiver, each)[: self.atoms]).view(-1, 3, 3)
+    def _stress(self, virial: torch.Tensor) -> torch.Tensor:
+        """dE/dstrain [B, 3, 3] over the volume, symmetric."""
         a, b, c = self._data["cell"].view(-1, 3, 3)[:-1].double().unbind(1)
         volume = (torch.linalg.cross(a, b) * c).sum(1).abs()
-        return 0.5 * (total + total.transpose(1, 2)) / volume[:, None, None]
+        return 0.5 * (virial + virial.transpose(1, 2)) / volume[:, None, None]
 
 
 def _like(given, buffer: torch.Tensor, name: str) -> torch.Tensor:

@@ -70,13 +70,15 @@ class RadialNet(nn.FullyConnectedNet):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Radial features x [E, width_in] -> the weights of conv_tp [E, width_out]."""
-        *hidden, last = self.layers
+        return self._last(self.hidden(x), self.layers[-1].weight)
+
+    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """Radial features x [E, width_in] -> what the last layer reads [E, H]."""
         if self.fused:
-            x = radial_mlp(x, *self._hidden_weights(), norm=self.norm, mode=self.run_mode)
-        else:
-            for layer in hidden:
-                x = layer(x)
-        return self._last(x, last.weight)
+            return radial_mlp(x, *self._hidden_weights(), norm=self.norm, mode=self.run_mode)
+        for layer in self.layers[:-1]:
+            x = layer(x)
+        return x
 
     def _last(self, h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The last layer, h [E, H] -> [E, width_out] in the storage of the convolution."""

@@ -1,0 +1,318 @@
+"""MACE's energy and its gradient written out, kernel after kernel, without autograd.
+
+For the models that people run: invariant or equivariant features, interactions of MACE's agnostic kinds with or without
+density, linear and non-linear readouts, any number of layers and heads. What depends on the species alone is made once,
+when the atoms are known; what depends on a length alone comes from tables (`radial.py`); a readout gives its gradient
+with its energy. `uncovered` says what a model has that is not covered; such a model takes MACE's own forward and
+autograd.
+"""
+
+from __future__ import annotations
+
+import torch
+from mace.modules import blocks, models
+
+from ..nn.conv import ConvTP
+from ..nn.linear import IrrepsLinear
+from ..nn.radial_mlp import RadialNet
+from ..nn.species_linear import SpeciesLinear
+from ..nn.symmetric_contraction import SymmetricContraction
+from ..ops.edge_embedding import edge_harmonics, edge_vectors
+from ..ops.edge_filter import Edges
+from ..ops.edge_forces import edge_forces
+from ..ops.linear import lowp_weight
+from ..ops.readout import fits, readout
+from ..ops.species import SpeciesPlan, one_species
+from ..precision import TORCH_DTYPES, storage_for
+from .radial import radial_of
+
+OPS = torch.ops.mace_triton
+DENSITY = (blocks.RealAgnosticDensityInteractionBlock, blocks.RealAgnosticDensityResidualInteractionBlock)
+RESIDUAL = (blocks.RealAgnosticResidualInteractionBlock, blocks.RealAgnosticDensityResidualInteractionBlock)
+INTERACTIONS = (blocks.RealAgnosticInteractionBlock, *DENSITY, *RESIDUAL)
+PARTS = {
+    "linear_up": IrrepsLinear,
+    "conv_tp": ConvTP,
+    "conv_tp_weights": RadialNet,
+    "linear": IrrepsLinear,
+    "skip_tp": SpeciesLinear,
+}
+
+
+def uncovered(model: torch.nn.Module, plan: SpeciesPlan | None) -> str:
+    """What keeps a model from being written out, or an empty string."""
+    if type(model) not in (models.MACE, models.ScaleShiftMACE):
+        return f"{type(model).__name__} has more than an energy of local features"
+    if getattr(model, "mace_triton", None) is None:
+        return "the model is not accelerated"
+    if model.mace_triton.deterministic:
+        return "the order of sums is to be the same in every run"
+    if plan is None:
+        return "node attributes are not one-hot"
+    if hasattr(model, "joint_embedding"):
+        return "the model embeds charges or the like"
+    for inter, product in zip(model.interactions, model.products, strict=True):
+        reason = _uncovered_layer(inter, product)
+        if reason:
+            return reason
+    return next((reason for reason in map(_uncovered_readout, model.readouts) if reason), "")
+
+
+def _uncovered_layer(inter: torch.nn.Module, product: torch.nn.Module) -> str:
+    if type(inter) not in INTERACTIONS:
+        return f"interaction block {type(inter).__name__}"
+    for name, kind in PARTS.items():
+        if type(getattr(inter, name)) is not kind:
+            return f"{name} is MACE's own"
+    contraction = product.symmetric_contractions
+    if type(contraction) is not SymmetricContraction or type(product.linear) is not IrrepsLinear:
+        return "symmetric_contractions is MACE's own"
+    last = inter.skip_tp if type(inter) not in RESIDUAL else inter.linear
+    if last.problem.layout_out != "ir_mul" or contraction.layout_out != "ir_mul":
+        return "channels do not lie side by side"
+    return ""
+
+
+def _uncovered_readout(module: torch.nn.Module) -> str:
+    if type(module) is blocks.LinearReadoutBlock:
+        return "" if _scalars(module.linear) else "a readout with biases"
+    if type(module) is not blocks.NonLinearReadoutBlock:
+        return f"readout {type(module).__name__}"
+    first, second, acts = module.linear_1, module.linear_2, module.non_linearity.acts
+    if not (_scalars(first) and _scalars(second)):
+        return "a readout with biases"
+    if len(acts) != 1 or getattr(acts[0], "f", None) is not torch.nn.functional.silu:
+        return "a readout whose gate is not silu"
+    return "" if fits(first.problem.blocks[0].slot_in.mul, first.problem.dim_out) else "a readout that is too wide"
+
+
+def _scalars(module: torch.nn.Module) -> bool:
+    """Whether a linear module is ours and one matrix from the scalars, which come first, without biases."""
+    if type(module) is not IrrepsLinear or module.bias_numel or len(module.problem.blocks) != 1:
+        return False
+    return module.problem.blocks[0].slot_in.offset == 0 and module.problem.blocks[0].slot_in.dim == 1
+
+
+class _Map:
+    """A linear module with fixed weights and a factor."""
+
+    def __init__(self, module: IrrepsLinear, scale: float = 1.0):
+        self.problem, self.mode, self.scale = module.problem, module.run_mode, scale
+        self.weight, self.bias = module.weight.detach().contiguous(), module.bias if module.bias_numel else None
+        self.lowp = lowp_weight(self.weight, self.mode, self.problem)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        rest = (self.bias, residual, self.problem.key, self.mode, self.scale)
+        return OPS.linear(x, self.weight, self.lowp, *rest)
+
+    def backward(self, g: torch.Tensor) -> torch.Tensor:
+        return OPS.linear_grad_x(g, self.weight, self.lowp, self.problem.key, self.mode, self.scale)
+
+
+class _LastLayer(_Map):
+    """The last layer of a radial network, which writes in the storage of the convolution."""
+
+    def __init__(self, net: RadialNet):
+        weight = net.layers[-1].weight.detach()
+        self.problem, self.mode, self.scale = net.problem, net.run_last_mode, 1.0
+        self.weight = weight.reshape(-1).contiguous()
+        self.lowp = lowp_weight(self.weight, self.mode, self.problem)
+        self.stored = TORCH_DTYPES[storage_for(net.storage, weight.dtype)]
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        rest = (None, None, self.problem.key, self.mode, self.scale, self.stored)
+        return OPS.linear(h, self.weight, self.lowp, *rest)
+
+
+class _SpeciesMap:
+    """`skip_tp` with fixed weights, of nodes whose species are known."""
+
+    def __init__(self, module: SpeciesLinear, plan: SpeciesPlan):
+        self.weights = module.weights().detach().contiguous()
+        mode = module.run_mode
+        lowp = lowp_weight(self.weights, mode) if mode in ("bf16", "fp16") else None
+        self.operands, self.rest = (self.weights, lowp, *plan), (module.problem.key, mode, module.scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return OPS.species_linear(x, *self.operands, *self.rest)
+
+    def backward(self, g: torch.Tensor) -> torch.Tensor:
+        return OPS.species_linear_grad_x(g, *self.operands, *self.rest)
+
+
+class _Contraction:
+    """The symmetric contraction with fixed weights; features and results in ir_mul."""
+
+    def __init__(self, module: SymmetricContraction, plan: SpeciesPlan):
+        self.problem, self.coef = module.problem, module.coefficients().contiguous()
+        self.plan = one_species(plan.species.shape[0], plan.species.device) if module.agnostic else plan
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.x = x.view(-1, self.problem.dim_in, self.problem.channels)
+        out = OPS.symmetric_contraction(self.x, None, self.coef, *self.plan, self.problem.key)
+        return out.view(x.shape[0], -1)
+
+    def backward(self, g: torch.Tensor) -> torch.Tensor:
+        g = g.view(-1, self.problem.dim_out, self.problem.channels)
+        rest = (None, self.coef, *self.plan, self.problem.key, True, False)
+        gx, _ = OPS.symmetric_contraction_bwd(g, self.x, *rest)
+        return gx.view(g.shape[0], -1)
+
+
+class _Readout:
+    """A readout of one head; `scale` is that of the energy."""
+
+    def __init__(self, module: torch.nn.Module, head: int, heads: int, scale: float):
+        if type(module) is blocks.LinearReadoutBlock:
+            self.first, last = None, _matrix(module.linear)[:, head]
+        else:
+            hidden = _matrix(module.linear_1)
+            units = slice(*(hidden.shape[1] // heads * number for number in (head, head + 1)))
+            self.first = hidden[:, units].contiguous()
+            last = _matrix(module.linear_2)[units, head] * module.non_linearity.acts[0].cst
+        self.last = (scale * last).contiguous()
+
+    def forward(self, x: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return readout(x, self.first, self.last, before)
+
+
+def _matrix(module: IrrepsLinear) -> torch.Tensor:
+    """The matrix [in, out] of a linear module's scalars, which come first."""
+    (block,) = module.problem.blocks
+    shape = block.slot_in.mul, block.slot_out.mul
+    return block.alpha * module.weight.detach()[block.weight :][: shape[0] * shape[1]].view(shape)
+
+
+class _Layer:
+    """One interaction with its product. `constant`: the node features [N, C] of the first layer, made once."""
+
+    def __init__(self, inter, product, plan: SpeciesPlan, constant: torch.Tensor | None):
+        self.residual, self.density = type(inter) in RESIDUAL, type(inter) in DENSITY
+        self.up = _Map(inter.linear_up)
+        self.last, self.conv = _LastLayer(inter.conv_tp_weights), inter.conv_tp.problem.key
+        self.linear = _Map(inter.linear, 1.0 if self.density else 1.0 / float(inter.avg_num_neighbors))
+        self.skip = _SpeciesMap(inter.skip_tp, plan)
+        self.contraction, self.out = _Contraction(product.symmetric_contractions, plan), _Map(product.linear)
+        self.uses_skip = product.use_sc
+        self.constant = constant is not None
+        if self.constant:
+            self.x = self.up.forward(constant)
+            self.shortcut = self.skip.forward(constant) if self.residual and self.uses_skip else None
+
+    def forward(self, feats, y, radial: list[torch.Tensor], edges: tuple, receiver) -> torch.Tensor:
+        """Node features -> the next ones; radial: hidden layer [E, H], and density [E, 1] where there is one."""
+        if not self.constant:
+            self.x = self.up.forward(feats)
+            self.shortcut = self.skip.forward(feats) if self.residual and self.uses_skip else None
+        self.y, self.edges, self.receiver = y, edges, receiver
+        self.w = self.last.forward(radial[0])
+        message = self.linear.forward(OPS.channelwise_tp(self.x, y, self.w, *edges, self.conv))
+        if self.density:
+            total = torch.zeros_like(message[:, :1]).index_add_(0, receiver, radial[1])
+            self.share, self.message = 1.0 / (total + 1.0), message
+            message = message * self.share
+        if not self.residual:
+            message = self.skip.forward(message)
+        return self.out.forward(self.contraction.forward(message), self.shortcut if self.residual else None)
+
+    def backward(self, g: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, list[torch.Tensor]]:
+        """Gradient of the result -> those of the features (None for constant ones), of y and of `radial`."""
+        gm = self.contraction.backward(self.out.backward(g))
+        if not self.residual:
+            gm = self.skip.backward(gm)
+        extra = []
+        if self.density:
+            gtotal = -(gm * self.message).sum(1, keepdim=True) * self.share.square()
+            extra.append(gtotal.index_select(0, self.receiver))
+            gm = gm * self.share
+        gm = self.linear.backward(gm)
+        gx, gy, gw = OPS.channelwise_tp_bwd(gm, self.x, self.y, self.w, *self.edges, self.conv, not self.constant)
+        gradial = [self.last.backward(gw), *extra]
+        self.w = self.message = self.y = None
+        if self.constant:
+            return None, gy, gradial
+        gfeats = self.up.backward(gx)
+        if self.residual and self.uses_skip:
+            gfeats = gfeats + self.skip.backward(g)
+        return gfeats, gy, gradial
+
+
+class _Pairs:
+    """MACE's repulsion of close pairs: its own module, and autograd of it alone."""
+
+    def __init__(self, module: torch.nn.Module, scale: float, attrs: torch.Tensor, numbers: torch.Tensor):
+        self.module, self.scale, self.attrs, self.numbers = module, scale, attrs, numbers
+
+    def __call__(self, r: torch.Tensor, edge_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(energies [N] float64, their gradient [E, 1] by r)."""
+        with torch.enable_grad():
+            r = r.detach().requires_grad_(True)
+            energies = self.scale * self.module(r, self.attrs, edge_index, self.numbers)
+            (gr,) = torch.autograd.grad(energies.sum(), r)
+        return energies.detach().double(), gr
+
+
+class Chain:
+    """A model's energy and gradient for atoms whose species are known.
+
+    model: one that `uncovered` has nothing against. data: MACE's input for the atoms; its edges are not read. head: the
+    number of the one in use.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: torch.nn.Module, data: dict[str, torch.Tensor], plan: SpeciesPlan, head: int):
+        attrs, heads = data["node_attrs"], len(getattr(model, "heads", None) or ["Default"])
+        scale, shift = _scale_shift(model, head)
+        self.start = model.atomic_energies_fn(attrs)[:, head].double() + shift
+        feats = model.node_embedding(attrs)
+        pairs = zip(model.interactions, model.products, strict=True)
+        self.layers = [_Layer(*pair, plan, None if n else feats) for n, pair in enumerate(pairs)]
+        found = [_Readout(module, head, heads, scale) for module in model.readouts]
+        alone = len(found) == 1 and len(self.layers) > 1
+        self.readouts = [None] * (len(self.layers) - 1) + found if alone else found
+        self.lmax = int(model.spherical_harmonics._lmax)
+        repels = hasattr(model, "pair_repulsion_fn")
+        self.pairs = _Pairs(model.pair_repulsion_fn, scale, attrs, model.atomic_numbers) if repels else None
+        networks = []
+        for inter, layer in zip(model.interactions, self.layers, strict=True):
+            networks.append((inter.conv_tp_weights, "hidden"))
+            if layer.density:
+                networks.append((inter.density_fn, "density"))
+        self.radial = radial_of(model.radial_embedding, networks, model.atomic_numbers, attrs, float(model.r_max))
+
+    @torch.no_grad()
+    def __call__(self, x: torch.Tensor, edges: Edges, perm: torch.Tensor):
+        """(energies [N] float64, gx [N, 3], virial [N, 3, 3]) at positions x [N, 3]; see `edge_forces`."""
+        v, r = edge_vectors(x, edges.edge_index, edges.shifts)
+        y, plan = edge_harmonics(v, self.lmax), edges.plan(perm).tensors
+        radial = iter(self.radial.forward(r, edges.edge_index))
+        feats, energies, slopes, pull = None, self.start, [], None
+        if self.pairs is not None:
+            pair_energies, pull = self.pairs(r, edges.edge_index)
+            energies = energies + pair_energies
+        for layer, reader in zip(self.layers, self.readouts, strict=True):
+            own = [next(radial) for _ in range(1 + layer.density)]
+            feats = layer.forward(feats, y, own, plan, edges.edge_index[1])
+            slope = None
+            if reader is not None:
+                energies, slope = reader.forward(feats, energies)
+            slopes.append(slope)
+        g = gy = None
+        gradial: list[torch.Tensor] = []
+        for layer, slope in zip(reversed(self.layers), reversed(slopes), strict=True):
+            g = slope if g is None else g if slope is None else g + slope
+            g, found, own = layer.backward(g)
+            gy = found if gy is None else gy + found
+            gradial = own + gradial
+        gr = self.radial.backward(gradial)
+        gr = gr if pull is None else gr + pull
+        return energies, *edge_forces(gy, gr, v, edges.row_ptr, edges.sender)
+
+
+def _scale_shift(model: torch.nn.Module, head: int) -> tuple[float, float]:
+    """Factor and constant of a head's interaction energy."""
+    block = getattr(model, "scale_shift", None)
+    if block is None:
+        return 1.0, 0.0
+    scale, shift = (torch.atleast_1d(value)[head].item() for value in (block.scale, block.shift))
+    return scale, shift
