@@ -17,6 +17,9 @@ Double backward. The product is trilinear, so the cotangents (a, b, q) of (gx, g
 with z = w x and its tangent z' = w a + q x, the forward becomes A += z' y + z b, and the backward uses
 v = sum_m2 G b beside u:  dw = sum_m1 (v x + u a),  dx = w v + q u,  dy = sum_c G z'.
 
+Forces. In molecular dynamics weights depend on an edge's length alone: instead of gw, of which there are thousands an
+edge, the backward gives gr = sum_p,c (dw/dr) gw. An edge and its way back have the same weights and share their row.
+
 The loops over paths and their nonzero coefficients are unrolled when the source is generated, by
 `channelwise_tp_source.py`: Triton has no register arrays, and the coefficients become literals.
 """
@@ -43,10 +46,19 @@ def _accumulate(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
 
 
 @cache
-def _forward_kernels(problem, budget: int, block_c: int, ahead: int, tangent: bool) -> list[tuple]:
+def _forward_kernels(problem, budget: int, block_c: int, ahead: int, tangent: bool, paired: bool = False) -> list:
     """(kernel, channel blocks) of every part of the forward."""
     return [
-        (_jit(source.forward_source(problem, part, block_c, tangent, ahead)), _blocks(problem, part, block_c))
+        (_jit(source.forward_source(problem, part, block_c, tangent, ahead, paired)), _blocks(problem, part, block_c))
+        for part in source.partition(problem, budget)
+    ]
+
+
+@cache
+def _forces_kernels(problem, budget: int, block_c: int, ahead: int, wrt_x: bool) -> list[tuple]:
+    """(kernel, channel blocks) of every part of the backward to forces."""
+    return [
+        (_jit(source.forces_source(problem, part, block_c, wrt_x, ahead)), _blocks(problem, part, block_c))
         for part in source.partition(problem, budget)
     ]
 
@@ -121,7 +133,7 @@ def _launch(kernels: list[tuple], tile: tiles.Tile, acc: tl.dtype, plan, *tensor
             )
 
 
-def _run_forward(problem, operands: tuple[torch.Tensor, ...], plan, tangent: bool) -> torch.Tensor:
+def _run_forward(problem, operands: tuple[torch.Tensor, ...], plan, tangent: bool, paired=False) -> torch.Tensor:
     x, w = operands[0], operands[4 if tangent else 2]
     acc, acc_tl = _accumulate(x.dtype)
     tile = _tile("channelwise_tp_fwd", problem, x, w, plan.n_out)
@@ -130,7 +142,7 @@ def _run_forward(problem, operands: tuple[torch.Tensor, ...], plan, tangent: boo
         (splits, plan.n_out, problem.dim_out), dtype=x.dtype if splits == 1 else acc, device=x.device
     )
     budget = tile["TANGENT_PAIRS" if tangent else "PAIRS"]
-    kernels = _forward_kernels(problem, budget, tile["BLOCK_C"], _ahead(tile, x), tangent)
+    kernels = _forward_kernels(problem, budget, tile["BLOCK_C"], _ahead(tile, x), tangent, paired)
     _launch(kernels, tile, acc_tl, plan, *operands, out)
     return out[0] if splits == 1 else out.sum(0).to(x.dtype)
 
@@ -167,6 +179,24 @@ def backward(problem, g: torch.Tensor, x: torch.Tensor, y: torch.Tensor, w: torc
     return _run_backward(problem, g, (x, y, w), plan, False, wrt_x)
 
 
+def forward_of_pairs(problem, x: torch.Tensor, y: torch.Tensor, w: torch.Tensor, plan) -> torch.Tensor:
+    """`forward` for sorted edges whose weights w [pairs, weight_numel] are those of pair plan.perm[e]."""
+    return _run_forward(problem, (x, y, w), plan, tangent=False, paired=True)
+
+
+def add_forces(problem, g, x, y, w, d, gy: torch.Tensor, gr: torch.Tensor, plan, wrt_x: bool) -> torch.Tensor | None:
+    """Add the gradients of y and of the lengths to gy [E, dim_in2] and gr [E]; returns that of x, if it is asked for.
+
+    d [pairs, weight_numel]: the slopes of w with the length. gy and gr have the accumulator's type.
+    """
+    acc, acc_tl = _accumulate(x.dtype)
+    tile = _tile("channelwise_tp_bwd", problem, x, w, plan.n_out)
+    kernels = _forces_kernels(problem, tile["PAIRS"], tile["BLOCK_C"], _ahead(tile, x), wrt_x)
+    gx = torch.zeros(x.shape if wrt_x else 0, dtype=acc, device=x.device)
+    _launch(kernels, tile, acc_tl, plan, g, x, y, w, d, gx, gy, gr)
+    return gx.to(x.dtype) if wrt_x else None
+
+
 def double_backward(problem, g, x, y, w, a, b, q, plan):
     """(dg, dx, dy, dw) for cotangents (a, b, q) of (gx, gy, gw)."""
     operands = (x, a, y, b, w, q)
@@ -184,6 +214,11 @@ def offline_cases(problem, target: str = "sm_90", storages: tuple[str, ...] = ("
         for op in ("channelwise_tp_fwd", "channelwise_tp_bwd"):
             tile = tiles.choose(op, arch=target, **call, pairs=_pairs(problem), nodes=5184)
             ahead = 0 if target.startswith("gfx") else tile["AHEAD"]
+            how = (problem, tile["PAIRS"], tile["BLOCK_C"], ahead)
+            forces, title = op == "channelwise_tp_bwd", "" if op == "channelwise_tp_bwd" else "of pairs "
+            kernels = _forces_kernels(*how, True) if forces else _forward_kernels(*how, False, True)
+            for number, (kernel, _) in enumerate(kernels):
+                cases.append(_offline_case(kernel.fn, f"{title}{number + 1}/{len(kernels)}", tile, **call))
             for tangent in (False, True):
                 how = (problem, tile["TANGENT_PAIRS" if tangent else "PAIRS"], tile["BLOCK_C"], ahead)
                 backward = op == "channelwise_tp_bwd"
@@ -203,7 +238,7 @@ def _offline_case(function, part: str, tile: tiles.Tile, dtype: str, storage: st
 
     from .offline import Case
 
-    words = dict.fromkeys(("w_ptr", "q_ptr", "gw_ptr"), storage)
+    words = dict.fromkeys(("w_ptr", "q_ptr", "d_ptr", "gw_ptr"), storage)
     words |= dict.fromkeys(("receiver_ptr", "perm_ptr", "sender_ptr"), "i32")
     names = [name for name in inspect.signature(function).parameters if name.endswith("_ptr")]
     signature = {name: f"*{words.get(name, dtype)}" for name in names}

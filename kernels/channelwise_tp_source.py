@@ -50,11 +50,12 @@ def partition(problem, budget: int) -> list[tuple[int, ...]]:
 class Writer:
     """The source of one kernel for the paths `numbers` of `problem`, BLOCK_C = `block_c` channels a program.
 
-    ahead: how many edges ahead of its use a weight row is asked for from device memory, 0 for not at all.
+    ahead: how many edges ahead of its use a weight row is asked for from device memory, 0 for not at all. paired: the
+    edges lie sorted, and perm holds the rows of their weights, which an edge and its way back share.
     """
 
-    def __init__(self, problem, numbers: tuple[int, ...], block_c: int, ahead: int = 0):
-        self.ahead = ahead
+    def __init__(self, problem, numbers: tuple[int, ...], block_c: int, ahead: int = 0, paired: bool = False):
+        self.ahead, self.paired = ahead, paired
         self.problem = problem
         self.paths = [(n, problem.paths[n]) for n in numbers]
         self.mul = problem.paths[numbers[0]].mul
@@ -97,14 +98,20 @@ class Writer:
         self.emit("    begin += split * chunk")
         self.emit("    end = tl.minimum(end, begin + chunk)")
 
-    def index(self, edge: str, sender: str, position: str) -> None:
-        self.emit(f"{edge} = tl.load(perm_ptr + {position}).to(tl.int64)")
-        self.emit(f"{sender} = tl.load(sender_ptr + {position}).to(tl.int64)")
+    def index(self, when: str, position: str) -> None:
+        """Edge, row of its weights and sender at a position in the sorted list, as variables named by `when`."""
+        self.emit(f"p{when} = tl.load(perm_ptr + {position}).to(tl.int64)")
+        self.emit(f"e{when} = ({position}).to(tl.int64)" if self.paired else f"e{when} = p{when}")
+        self.emit(f"s{when} = tl.load(sender_ptr + {position}).to(tl.int64)")
 
-    def rows(self, edge: str, sender: str) -> None:
-        """Row pointers of the operands: x, a by sender; y, b, w, q by edge."""
+    def rows(self, when: str) -> None:
+        """Row pointers of the operands: x, a by sender; y, b by edge; w, q, d by the row of its weights."""
         problem = self.problem
-        of = {"x": (sender, problem.dim_in1), "y": (edge, problem.dim_in2), "w": (edge, problem.weight_numel)}
+        of = {
+            "x": (f"s{when}", problem.dim_in1),
+            "y": (f"e{when}", problem.dim_in2),
+            "w": (f"p{when}", problem.weight_numel),
+        }
         for letter, kind in zip(self.operands, self.kinds, strict=True):
             row, width = of[kind]
             lanes = {"x": "", "y": " + lane", "w": " + c"}[kind]
@@ -118,15 +125,15 @@ class Writer:
         y and b travel as one vector and are handed to all lanes by a gather.
         """
         self.operands = operands
-        self.kinds = [{"a": "x", "b": "y", "q": "w"}.get(letter, letter) for letter in operands]
+        self.kinds = [{"a": "x", "b": "y", "q": "w", "d": "w"}.get(letter, letter) for letter in operands]
         width = triton.next_power_of_2(self.problem.dim_in2)
         self.emit(f"lane = tl.arange(0, {width})")
         self.lane_mask = "" if width == self.problem.dim_in2 else f", mask=lane < {self.problem.dim_in2}, other=0.0"
         self.emit("place = tl.arange(0, BLOCK_C)")
         self.emit("last = tl.maximum(end - 1, 0)")
-        self.index("e", "s", "tl.minimum(begin, last)")
-        self.index("e_next", "s_next", "tl.minimum(begin + 1, last)")
-        self.rows("e", "s")
+        self.index("", "tl.minimum(begin, last)")
+        self.index("_next", "tl.minimum(begin + 1, last)")
+        self.rows("")
         self.fill_y()
         for slot in dict.fromkeys(slot for slot, _ in self.x_parts):
             self.fill_x(slot)
@@ -136,8 +143,8 @@ class Writer:
         self.emit("for k in range(begin, end):")
         self.depth += 1
         self.prefetch()
-        self.rows("e_next", "s_next")
-        self.index("e_then", "s_then", "tl.minimum(k + 2, last)")
+        self.rows("_next")
+        self.index("_then", "tl.minimum(k + 2, last)")
         for letter in self.letters("y"):
             for slot, m in self.y_parts:
                 position = f"tl.full([BLOCK_C], {self.problem.slots2[slot].offset + m}, tl.int32)"
@@ -159,20 +166,22 @@ class Writer:
         """
         if not self.ahead:
             return
-        self.emit(f"far = tl.load(perm_ptr + tl.minimum(k + {self.ahead}, last)).to(tl.int64)")
+        self.emit(f"place_far = tl.minimum(k + {self.ahead}, last)")
+        self.emit("far = tl.load(perm_ptr + place_far).to(tl.int64)")
         for letter, kind in zip(self.operands, self.kinds, strict=True):
             if kind != "x":
                 width, lanes = {
                     "y": (self.problem.dim_in2, f"tl.minimum(place, {self.problem.dim_in2 - 1})"),
                     "w": (self.problem.weight_numel, f"tl.where(place < {len(self.paths)}, offset, block * BLOCK_C)"),
                 }[kind]
-                pointers = f"{letter}_ptr + far * {width} + {lanes}"
+                row = "place_far.to(tl.int64)" if self.paired and kind == "y" else "far"
+                pointers = f"{letter}_ptr + {row} * {width} + {lanes}"
                 asm = '"prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l"'
                 self.emit(f"tl.inline_asm_elementwise({asm}, [{pointers}], dtype=tl.int32, is_pure=False, pack=1)")
 
     def close(self) -> None:
         """End the body of the loop: the next edge becomes this one."""
-        self.emit("e, s, e_next, s_next = e_next, s_next, e_then, s_then")
+        self.emit("e, p, s, e_next, p_next, s_next = e_next, p_next, s_next, e_then, p_then, s_then")
         self.depth -= 1
 
     def letters(self, kind: str) -> list[str]:
@@ -233,12 +242,14 @@ class Writer:
             self.fill_x(self.problem.paths[n].slot1)
 
 
-def forward_source(problem, numbers: tuple[int, ...], block_c: int, tangent: bool = False, ahead: int = 0) -> str:
+def forward_source(
+    problem, numbers: tuple[int, ...], block_c: int, tangent: bool = False, ahead: int = 0, paired: bool = False
+) -> str:
     """`channelwise_tp_fwd_kernel`, or with `tangent` its derivative along (a, b, q).
 
     Each of SPLIT programs of a node sums a share of its edges into a plane of its own of out [SPLIT, nodes, dim_out].
     """
-    out = Writer(problem, numbers, block_c, ahead)
+    out = Writer(problem, numbers, block_c, ahead, paired)
     operands = "xaybwq" if tangent else "xyw"
     name = "channelwise_tp_fwd_tangent_kernel" if tangent else "channelwise_tp_fwd_kernel"
     out.head(name, " ".join(operands) + " out receiver perm sender")
@@ -295,6 +306,18 @@ def _backward_path(out: Writer, n: int, path, tangent: bool, started: set[str]) 
     out.emit(f"tl.store(gw_row + {path.weight}, gw{out.store_mask})")
 
 
+def _load_gradient(out: Writer) -> None:
+    """G_p[m1, m2] of every path, from the gradient of the node's result."""
+    out.emit(f"g_row = g_ptr + node * {out.problem.dim_out}")
+    for n, path in out.paths:
+        for m3 in range(2 * path.l3 + 1):
+            pointer = out.pointer("g_row", out.problem.slots3[path.slot3], m3)
+            out.emit(f"g{m3} = tl.load({pointer}{out.load_mask}).to(ACC)")
+        for pair in pairs(path):
+            terms = [times(value, f"g{m3}") for m1, m2, m3, value in path.cg if (m1, m2) == pair]
+            out.emit(f"G{n}_{pair[0]}_{pair[1]} = {plus(terms)}")
+
+
 GX_STORES = {
     "atomic": 'tl.atomic_add({0}, {1}{2}, sem="relaxed")',
     "edge": "tl.store({0}, {1}{2})",
@@ -323,14 +346,7 @@ def backward_source(
     operands = "xaybwq" if tangent else "xyw"
     name = "channelwise_tp_bwd_tangent_kernel" if tangent else "channelwise_tp_bwd_kernel"
     out.head(name, "g " + " ".join(operands) + " gx gy gw receiver perm sender")
-    out.emit(f"g_row = g_ptr + node * {problem.dim_out}")
-    for n, path in out.paths:
-        for m3 in range(2 * path.l3 + 1):
-            pointer = out.pointer("g_row", problem.slots3[path.slot3], m3)
-            out.emit(f"g{m3} = tl.load({pointer}{out.load_mask}).to(ACC)")
-        for pair in pairs(path):
-            terms = [times(value, f"g{m3}") for m1, m2, m3, value in path.cg if (m1, m2) == pair]
-            out.emit(f"G{n}_{pair[0]}_{pair[1]} = {plus(terms)}")
+    _load_gradient(out)
     out.loop(operands)
     out.emit(f"gw_row = gw_ptr + e * {problem.weight_numel} + c")
     out.emit(f"gx_row = gx_ptr + {'s' if gx == 'atomic' else 'e'} * {problem.dim_in1}")
@@ -348,6 +364,48 @@ def backward_source(
     else:
         row = f"gy_ptr + (e * {gy_rows[1]} + {gy_rows[0]} + block) * {problem.dim_in2}"
         store = f"tl.store({row} + {{}}, {{}}, mask={{}})"
+    out.store_channel_sums({problem.slots2[i].offset + m: f"gy{i}_{m}" for i, m in out.y_parts}, store)
+    out.close()
+    return out.text()
+
+
+def forces_source(problem, numbers: tuple[int, ...], block_c: int, wrt_x: bool, ahead: int = 0) -> str:
+    """`channelwise_tp_forces_kernel`: the backward where a weight's gradient is wanted along one direction only.
+
+    d = dw/dr is the slope of the weights with the length of the edge, and gr = sum_p,c d gw takes the place of gw.
+    Weights are those of pairs. gx, gy and gr are added to by atomics; gx is left out without `wrt_x`.
+    """
+    out = Writer(problem, numbers, block_c, ahead, paired=True)
+    out.head("channelwise_tp_forces_kernel", "g x y w d gx gy gr receiver perm sender")
+    _load_gradient(out)
+    out.loop("xywd")
+    out.emit(f"gx_row = gx_ptr + s * {problem.dim_in1}")
+    started: set[str] = set()
+
+    def add(target: str, term: str) -> None:
+        out.emit(f"{target} {'+=' if target in started else '='} {term}")
+        started.add(target)
+
+    for n, path in out.paths:
+        started.discard("gw")
+        for m1 in range(2 * path.l1 + 1):
+            x, gx = f"x{path.slot1}_{m1}", f"gx{path.slot1}_{m1}"
+            live = [m2 for n1, m2 in pairs(path) if n1 == m1]
+            out.emit(f"u = {plus([f'G{n}_{m1}_{m2} * y{path.slot2}_{m2}' for m2 in live])}")
+            add("gw", f"u * {x}")
+            if wrt_x:
+                add(gx, f"w{n} * u")
+            out.emit(f"z = w{n} * {x}")
+            for m2 in live:
+                add(f"gy{path.slot2}_{m2}", f"G{n}_{m1}_{m2} * z")
+        add("rate", f"d{n} * gw")
+        out.used(n)
+        if wrt_x and out.last_reader(n):
+            for m in range(2 * path.l1 + 1):
+                pointer = out.pointer("gx_row", problem.slots1[path.slot1], m)
+                out.emit(GX_STORES["atomic"].format(pointer, f"gx{path.slot1}_{m}", out.store_mask))
+    out.emit('tl.atomic_add(gr_ptr + e, tl.sum(rate, axis=0), sem="relaxed")')
+    store = f'tl.atomic_add(gy_ptr + e * {problem.dim_in2} + {{}}, {{}}, mask={{}}, sem="relaxed")'
     out.store_channel_sums({problem.slots2[i].offset + m: f"gy{i}_{m}" for i, m in out.y_parts}, store)
     out.close()
     return out.text()

@@ -8,9 +8,9 @@ PAD = 64
 """Idle edges an idle node."""
 
 
-def edge_filter(x, was, rows, reach, cutoff: float, capacity: int, idle: int, far: float) -> tuple:
+def edge_filter(x, was, rows, reach, cutoff: float, capacity: int, pairs: int, idle: int, far: float) -> tuple:
     """As `kernels.edge_filter.edge_filter`."""
-    ptr, sender, shift, unit = rows
+    ptr, sender, shift, unit, twin = rows
     nodes = ptr.shape[0] - 1
     moved = (~((x[:nodes] - was[:nodes]).square().sum(1) <= reach * reach)).any().to(torch.int32)[None]
     number = torch.arange(sender.shape[0], device=x.device)
@@ -32,4 +32,12 @@ def edge_filter(x, was, rows, reach, cutoff: float, capacity: int, idle: int, fa
     behind[0] = kept.shape[0]
     row_ptr = torch.cat((start[:-1].clamp(max=capacity), behind, behind.new_full((1,), capacity))).to(torch.int32)
     shifts, units = torch.cat((shift[kept], far * away)), torch.cat((unit[kept], away))
-    return edge_index, shifts, units, row_ptr, edge_index[0].to(torch.int32), start[-1:], moved
+    counts = near & (twin >= number)
+    numbers = (counts.cumsum(0) - 1).to(torch.int32)
+    pair = torch.full((capacity,), pairs - 1, dtype=torch.int32, device=x.device)
+    pair[: kept.shape[0]] = numbers[torch.minimum(kept, twin[kept])].clamp(max=pairs - 1)
+    edge_of = torch.full((pairs,), capacity - 1, dtype=torch.int32, device=x.device)
+    first = counts[kept].nonzero()[:, 0]
+    edge_of[numbers[kept[first]][:pairs]] = first[:pairs].to(torch.int32)
+    senders = edge_index[0].to(torch.int32)
+    return edge_index, shifts, units, row_ptr, senders, pair, edge_of, start[-1:], moved

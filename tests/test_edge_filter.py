@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mace_triton import reference_edge_filter as reference
+from mace_triton.engine.neighbours import candidates, padded, twins
 from mace_triton.kernels import edge_filter as kernels
 from mace_triton.kernels import offline
 from mace_triton.ops import dispatch
@@ -22,10 +23,13 @@ def candidates_of(x: torch.Tensor, nodes: int, degree: int, spare: int) -> Candi
     total = int(ptr[-1])
     sender = torch.randint(nodes, (total + spare,)).to(torch.int32)
     unit = torch.randint(-1, 2, (total + spare, 3)).to(x.dtype)
-    return Candidates(*(t.to(x.device) for t in (ptr, sender, 1.5 * unit, unit)))
+    rows = torch.repeat_interleave(torch.arange(nodes), counts, output_size=total)
+    twin = torch.arange(total + spare)
+    twin[:total] = twins(rows, sender[:total].long(), unit[:total])
+    return Candidates(*(t.to(x.device) for t in (ptr, sender, 1.5 * unit, unit, twin.to(torch.int32))))
 
 
-def filtered(x: torch.Tensor, pairs: Candidates, capacity: int, idle: int, was=None):
+def filtered(x: torch.Tensor, pairs: Candidates, capacity: int, idle: int, was=None, places: int | None = None):
     return edge_filter(
         x,
         x if was is None else was,
@@ -33,6 +37,7 @@ def filtered(x: torch.Tensor, pairs: Candidates, capacity: int, idle: int, was=N
         x.new_full((1,), 0.5),
         cutoff=CUTOFF,
         capacity=capacity,
+        pairs=capacity + 1 if places is None else places,
         idle=idle,
         far=FAR,
     )
@@ -74,12 +79,63 @@ def test_finds_what_a_search_finds(dtype, room, device):
     ptr = torch.searchsorted(receivers.contiguous(), torch.arange(nodes + idle + 1, device=device))
     assert torch.equal(edges.row_ptr.long(), ptr)
     assert torch.equal(edges.sender.long(), edges.edge_index[0])
+    check_pairs(edges, kept)
     for one, two in zip(
         edges,
-        reference.edge_filter(x, x, tuple(pairs), x.new_full((1,), 0.5), CUTOFF, capacity, idle, FAR),
+        reference.edge_filter(x, x, tuple(pairs), x.new_full((1,), 0.5), CUTOFF, capacity, capacity + 1, idle, FAR),
         strict=True,
     ):
         assert torch.equal(one, two)
+
+
+def check_pairs(edges, kept: int) -> None:
+    """Edges share a pair exactly if one is the other's way back; every pair knows one of its edges."""
+    lines = [(*ends, *unit) for ends, unit in zip(edges.edge_index.T.tolist(), edges.unit_shifts.tolist(), strict=True)]
+    backs = [(r, s, *(-u for u in unit)) for s, r, *unit in lines]
+    by_pair: dict[int, list[int]] = {}
+    for number, pair in enumerate(edges.pair[:kept].tolist()):
+        by_pair.setdefault(pair, []).append(number)
+    for members in by_pair.values():
+        assert len(members) <= 2
+        assert len(members) == 1 or lines[members[0]] == backs[members[1]]
+    alone = [members[0] for members in by_pair.values() if len(members) == 1]
+    for number in alone if kept == int(edges.count) else ():  # its way back is not there, or there several times
+        same = backs[number] == lines[number]
+        assert same or lines[:kept].count(backs[number]) != 1 or lines[:kept].count(lines[number]) != 1
+    first = edges.edge_of.tolist()
+    for pair, members in by_pair.items():
+        assert first[pair] in members
+    assert (edges.pair[kept:] == len(first) - 1).all()
+    assert first[-1] == edges.pair.shape[0] - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_full_list_has_half_as_many_pairs(dtype, device):
+    x = 4.0 * torch.rand(30, 3, dtype=dtype, device=device)
+    cells, periodic = 4.0 * torch.eye(3, dtype=torch.float64, device=device)[None], torch.ones(1, 3, dtype=torch.bool)
+    found = candidates(x[:28].double(), cells, periodic, [28], 3.0)
+    assert (found.twin != torch.arange(len(found.twin), device=device)).all()
+    near = int((neighbour_vectors(x, found).norm(dim=1) < CUTOFF).sum())
+    edges = filtered(x, padded(found, len(found.sender) + 5, dtype), near + 10, 2, places=near // 2 + 1)
+    assert int(edges.count) == near
+    check_pairs(edges, near)
+    assert int(edges.pair[:near].max()) == near // 2 - 1
+
+
+def neighbour_vectors(x: torch.Tensor, found: Candidates) -> torch.Tensor:
+    receiver = torch.repeat_interleave(found.ptr.diff().long())
+    return x[receiver] - x[found.sender.long()] + found.shift.to(x.dtype)
+
+
+def test_of_pairs_that_are_listed_twice_one_has_a_twin():
+    ends = torch.tensor([0, 1, 1, 2, 2, 0]), torch.tensor([1, 0, 0, 2, 2, 1])
+    unit = torch.zeros(6, 3)
+    unit[3, 0], unit[4, 0] = 1.0, -1.0
+    found = twins(*ends, unit).tolist()
+    assert found[3:5] == [4, 3]
+    assert all(found[found[k]] == k for k in range(6))
+    assert sum(found[k] != k for k in (0, 1, 2, 5)) == 2
+    assert twins(*(e[:0] for e in ends), unit[:0]).tolist() == []
 
 
 def test_idle_nodes_share_the_idle_edges(device):
@@ -109,7 +165,7 @@ def test_any_size(data, device):
     spare, capacity = data.draw(st.integers(0, 9)), data.draw(st.integers(1, 400))
     x = torch.randn(nodes + idle, 3, device=device)
     pairs = candidates_of(x, nodes, degree, spare)
-    want = reference.edge_filter(x, x, tuple(pairs), x.new_full((1,), 0.5), CUTOFF, capacity, idle, FAR)
+    want = reference.edge_filter(x, x, tuple(pairs), x.new_full((1,), 0.5), CUTOFF, capacity, capacity + 1, idle, FAR)
     for one, two in zip(filtered(x, pairs, capacity, idle), want, strict=True):
         assert torch.equal(one, two)
 
@@ -117,7 +173,7 @@ def test_any_size(data, device):
 def test_bad_input_is_named(device):
     x = torch.randn(4, 3, device=device)
     pairs = candidates_of(x, 3, 2, spare=0)
-    with pytest.raises(ValueError, match="capacity and idle"):
+    with pytest.raises(ValueError, match="capacity, pairs and idle"):
         filtered(x, pairs, 0, 1)
     with pytest.raises(ValueError, match="x and was"):
         filtered(x[:2], pairs, 5, 1)
@@ -125,6 +181,8 @@ def test_bad_input_is_named(device):
         filtered(x.double(), pairs, 5, 1)
     with pytest.raises(ValueError, match="must be int32"):
         filtered(x, pairs._replace(sender=pairs.sender.long()), 5, 1)
+    with pytest.raises(ValueError, match="twin"):
+        filtered(x, pairs._replace(twin=pairs.twin[1:]), 5, 1)
     with pytest.raises(ValueError, match="shift and unit_shift"):
         filtered(x, pairs._replace(shift=pairs.shift[1:]), 5, 1)
 

@@ -2,9 +2,9 @@
 
 For the models that people run: invariant or equivariant features, interactions of MACE's agnostic kinds with or without
 density, linear and non-linear readouts, any number of layers and heads. What depends on the species alone is made once,
-when the atoms are known; what depends on a length alone comes from tables (`radial.py`); a readout gives its gradient
-with its energy. `uncovered` says what a model has that is not covered; such a model takes MACE's own forward and
-autograd.
+when the atoms are known; what depends on a length alone comes from tables (`radial.py`) together with its slope, once
+for an edge and its way back; a readout gives its gradient with its energy. `uncovered` says what a model has that is
+not covered; such a model takes MACE's own forward and autograd.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import torch
 from mace.modules import blocks, models
 
 from ..nn.conv import ConvTP
+from ..nn.edge_embedding import EdgeRadial
 from ..nn.linear import IrrepsLinear
 from ..nn.radial_mlp import RadialNet
 from ..nn.species_linear import SpeciesLinear
 from ..nn.symmetric_contraction import SymmetricContraction
+from ..ops.channelwise_tp_pairs import add_forces, channelwise_tp_pairs
 from ..ops.edge_embedding import edge_harmonics, edge_vectors
 from ..ops.edge_filter import Edges
 from ..ops.edge_forces import edge_forces
@@ -49,6 +51,8 @@ def uncovered(model: torch.nn.Module, plan: SpeciesPlan | None) -> str:
         return "the order of sums is to be the same in every run"
     if plan is None:
         return "node attributes are not one-hot"
+    if type(model.radial_embedding) is not EdgeRadial:  # whose functions are the same both ways
+        return "radial_embedding is MACE's own"
     if hasattr(model, "joint_embedding"):
         return "the model embeds charges or the like"
     for inter, product in zip(model.interactions, model.products, strict=True):
@@ -67,6 +71,8 @@ def _uncovered_layer(inter: torch.nn.Module, product: torch.nn.Module) -> str:
     contraction = product.symmetric_contractions
     if type(contraction) is not SymmetricContraction or type(product.linear) is not IrrepsLinear:
         return "symmetric_contractions is MACE's own"
+    if type(inter) in DENSITY and type(inter.density_fn) is not RadialNet:
+        return "density_fn is MACE's own"
     last = inter.skip_tp if type(inter) not in RESIDUAL else inter.linear
     if last.problem.layout_out != "ir_mul" or contraction.layout_out != "ir_mul":
         return "channels do not lie side by side"
@@ -189,7 +195,7 @@ class _Layer:
     def __init__(self, inter, product, plan: SpeciesPlan, constant: torch.Tensor | None):
         self.residual, self.density = type(inter) in RESIDUAL, type(inter) in DENSITY
         self.up = _Map(inter.linear_up)
-        self.last, self.conv = _LastLayer(inter.conv_tp_weights), inter.conv_tp.problem.key
+        self.last, self.conv = _LastLayer(inter.conv_tp_weights), inter.conv_tp.problem
         self.linear = _Map(inter.linear, 1.0 if self.density else 1.0 / float(inter.avg_num_neighbors))
         self.skip = _SpeciesMap(inter.skip_tp, plan)
         self.contraction, self.out = _Contraction(product.symmetric_contractions, plan), _Map(product.linear)
@@ -199,45 +205,48 @@ class _Layer:
             self.x = self.up.forward(constant)
             self.shortcut = self.skip.forward(constant) if self.residual and self.uses_skip else None
 
-    def forward(self, feats, y, radial: list[torch.Tensor], edges: tuple, receiver) -> torch.Tensor:
-        """Node features -> the next ones; radial: hidden layer [E, H], and density [E, 1] where there is one."""
+    def forward(self, feats: torch.Tensor, y: torch.Tensor, radial: list, edges: Edges) -> torch.Tensor:
+        """Node features -> the next ones; radial: (hidden layer, its slope), and those of the density if there is one.
+
+        What the way back reads is kept until then.
+        """
         if not self.constant:
             self.x = self.up.forward(feats)
             self.shortcut = self.skip.forward(feats) if self.residual and self.uses_skip else None
-        self.y, self.edges, self.receiver = y, edges, receiver
-        self.w = self.last.forward(radial[0])
-        message = self.linear.forward(OPS.channelwise_tp(self.x, y, self.w, *edges, self.conv))
+        self.y, self.radial, self.edges = y, radial, edges
+        self.w = self.last.forward(radial[0][0])
+        message = channelwise_tp_pairs(self.conv, self.x, y, self.w, edges.row_ptr, edges.sender, edges.pair)
+        message = self.linear.forward(message)
         if self.density:
-            total = torch.zeros_like(message[:, :1]).index_add_(0, receiver, radial[1])
+            each = radial[1][0].index_select(0, edges.pair)
+            total = torch.zeros_like(message[:, :1]).index_add_(0, edges.edge_index[1], each)
             self.share, self.message = 1.0 / (total + 1.0), message
             message = message * self.share
         if not self.residual:
             message = self.skip.forward(message)
         return self.out.forward(self.contraction.forward(message), self.shortcut if self.residual else None)
 
-    def backward(self, g: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, list[torch.Tensor]]:
-        """Gradient of the result -> those of the features (None for constant ones), of y and of `radial`."""
+    def backward(self, g: torch.Tensor, gy: torch.Tensor, gr: torch.Tensor) -> torch.Tensor | None:
+        """Gradient of the result -> that of the features, None for constant ones; adds to those of y and lengths."""
+        edges = self.edges
         gm = self.contraction.backward(self.out.backward(g))
         if not self.residual:
             gm = self.skip.backward(gm)
-        extra = []
         if self.density:
             gtotal = -(gm * self.message).sum(1, keepdim=True) * self.share.square()
-            extra.append(gtotal.index_select(0, self.receiver))
+            gr += gtotal.index_select(0, edges.edge_index[1]) * self.radial[1][1].index_select(0, edges.pair)
             gm = gm * self.share
-        gm = self.linear.backward(gm)
-        gx, gy, gw = OPS.channelwise_tp_bwd(gm, self.x, self.y, self.w, *self.edges, self.conv, not self.constant)
-        gradial = [self.last.backward(gw), *extra]
-        self.w = self.message = self.y = None
+        gm, d = self.linear.backward(gm), self.last.forward(self.radial[0][1])
+        order, wrt_x = (edges.row_ptr, edges.sender, edges.pair), not self.constant
+        gx = add_forces(self.conv, gm, self.x, self.y, self.w, d, gy, gr, *order, wrt_x=wrt_x)
+        self.w = self.y = self.radial = self.edges = self.message = None
         if self.constant:
-            return None, gy, gradial
+            return None
         gfeats = self.up.backward(gx)
-        if self.residual and self.uses_skip:
-            gfeats = gfeats + self.skip.backward(g)
-        return gfeats, gy, gradial
+        return gfeats + self.skip.backward(g) if self.residual and self.uses_skip else gfeats
 
 
-class _Pairs:
+class _Repulsion:
     """MACE's repulsion of close pairs: its own module, and autograd of it alone."""
 
     def __init__(self, module: torch.nn.Module, scale: float, attrs: torch.Tensor, numbers: torch.Tensor):
@@ -272,7 +281,7 @@ class Chain:
         self.readouts = [None] * (len(self.layers) - 1) + found if alone else found
         self.lmax = int(model.spherical_harmonics._lmax)
         repels = hasattr(model, "pair_repulsion_fn")
-        self.pairs = _Pairs(model.pair_repulsion_fn, scale, attrs, model.atomic_numbers) if repels else None
+        self.repulsion = _Repulsion(model.pair_repulsion_fn, scale, attrs, model.atomic_numbers) if repels else None
         networks = []
         for inter, layer in zip(model.interactions, self.layers, strict=True):
             networks.append((inter.conv_tp_weights, "hidden"))
@@ -281,31 +290,28 @@ class Chain:
         self.radial = radial_of(model.radial_embedding, networks, model.atomic_numbers, attrs, float(model.r_max))
 
     @torch.no_grad()
-    def __call__(self, x: torch.Tensor, edges: Edges, perm: torch.Tensor):
+    def __call__(self, x: torch.Tensor, edges: Edges) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(energies [N] float64, gx [N, 3], virial [N, 3, 3]) at positions x [N, 3]; see `edge_forces`."""
         v, r = edge_vectors(x, edges.edge_index, edges.shifts)
-        y, plan = edge_harmonics(v, self.lmax), edges.plan(perm).tensors
-        radial = iter(self.radial.forward(r, edges.edge_index))
-        feats, energies, slopes, pull = None, self.start, [], None
-        if self.pairs is not None:
-            pair_energies, pull = self.pairs(r, edges.edge_index)
-            energies = energies + pair_energies
+        y = edge_harmonics(v, self.lmax)
+        gradients = torch.zeros(y.numel() + r.numel(), dtype=x.dtype, device=x.device)
+        gy, gr = gradients[: y.numel()].view_as(y), gradients[y.numel() :].view_as(r)
+        energies = self.start
+        if self.repulsion is not None:
+            pair_energies, pull = self.repulsion(r, edges.edge_index)
+            energies, gr = energies + pair_energies, gr.add_(pull)
+        radial = iter(self.radial(r.index_select(0, edges.edge_of), edges.edge_index.index_select(1, edges.edge_of)))
+        feats, slopes = None, []
         for layer, reader in zip(self.layers, self.readouts, strict=True):
             own = [next(radial) for _ in range(1 + layer.density)]
-            feats = layer.forward(feats, y, own, plan, edges.edge_index[1])
-            slope = None
+            feats, slope = layer.forward(feats, y, own, edges), None
             if reader is not None:
                 energies, slope = reader.forward(feats, energies)
             slopes.append(slope)
-        g = gy = None
-        gradial: list[torch.Tensor] = []
+        g = None
         for layer, slope in zip(reversed(self.layers), reversed(slopes), strict=True):
             g = slope if g is None else g if slope is None else g + slope
-            g, found, own = layer.backward(g)
-            gy = found if gy is None else gy + found
-            gradial = own + gradial
-        gr = self.radial.backward(gradial)
-        gr = gr if pull is None else gr + pull
+            g = layer.backward(g, gy, gr)
         return energies, *edge_forces(gy, gr, v, edges.row_ptr, edges.sender)
 
 

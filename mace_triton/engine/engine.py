@@ -173,8 +173,10 @@ class Engine:
         pairs = neighbours.candidates(self.positions, self.cells, self.periodic, self.sizes, reach)
         near = max(self._near(pairs), room)
         self._listed = pairs.sender.shape[0]
-        if self._pairs is None or pairs.sender.shape[0] > self._pairs.sender.shape[0] or near > self.capacity:
-            self._allocate(pairs, near)
+        alone = int((pairs.twin == torch.arange(self._listed, device=self.device)).sum())
+        full = self._pairs is None or self._listed > self._pairs.sender.shape[0] or near > self.capacity
+        if full or self._pair_places(alone) > self._twins:
+            self._allocate(pairs, near, alone)
         else:
             fitting = neighbours.padded(pairs, self._pairs.sender.shape[0], self.dtype)
             for old, new in zip(self._pairs, fitting, strict=True):
@@ -214,10 +216,15 @@ class Engine:
         vectors = self.positions[receiver] - self.positions[pairs.sender.long()] + pairs.shift
         return int((vectors.square().sum(1) < self.cutoff**2).sum())
 
-    def _allocate(self, pairs: Candidates, near: int) -> None:
+    def _pair_places(self, alone: int) -> int:
+        """Places for all pairs of as many edges as there is room for, of which `alone` have no twin, and one more."""
+        return (self.capacity + alone) // 2 + 1
+
+    def _allocate(self, pairs: Candidates, near: int, alone: int) -> None:
         """Buffers with room for `near` edges out of these pairs; the graph that used the old ones is gone."""
         self._graph = None
         self.capacity = max(bucket(near), self.capacity)
+        self._twins = -(-self._pair_places(alone) // 128) * 128
         self.idle = max(1, -(-(self.capacity - near) // PAD))
         self._pairs = neighbours.padded(pairs, bucket(pairs.sender.shape[0]), self.dtype)
         self._perm = torch.arange(self.capacity, dtype=torch.int32, device=self.device)
@@ -309,13 +316,14 @@ class Engine:
             self._reach,
             cutoff=self.cutoff * (1 + 1e-6),  # beyond the model's own, where an edge weighs nothing
             capacity=self.capacity,
+            pairs=self._twins,
             idle=self.idle,
             far=3.0 * self.cutoff,
         )
         if self._chain is None:
             energies, gx, virial = self._by_autograd(x, edges)
         else:
-            energies, gx, virial = self._chain(x, edges, self._perm)
+            energies, gx, virial = self._chain(x, edges)
         energies, forces = energies[: self.atoms], -gx[: self.atoms]
         energy = self._by_system(energies)
         stress = self._stress(self._by_system(virial[: self.atoms].double())) if self.stress else None

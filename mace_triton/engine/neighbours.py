@@ -28,7 +28,34 @@ def candidates(
     receiver, sender, unit, shift = (torch.cat(parts) for parts in zip(*found, strict=True))
     edges = torch.arange(first + 1, device=positions.device)
     ptr = torch.searchsorted(receiver.contiguous(), edges, out_int32=True)
-    return Candidates(ptr, sender.to(torch.int32), shift, unit)
+    return Candidates(ptr, sender.to(torch.int32), shift, unit, twins(receiver, sender, unit))
+
+
+def twins(receiver: torch.Tensor, sender: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    """For each pair [K] the place of the one with the atoms exchanged and the opposite unit shift [K, 3]; int32.
+
+    A pair that has no such other, or several, is its own twin.
+    """
+    place = torch.arange(receiver.shape[0], device=receiver.device)
+    if not len(place):
+        return place.to(torch.int32)
+    unit = unit.long()
+    half, atoms = int(unit.abs().max()), int(max(receiver.max(), sender.max())) + 1
+    if atoms**2 * (2 * half + 1) ** 3 >= 1 << 62:
+        return place.to(torch.int32)
+    there, order = _number(receiver, sender, unit, atoms, half).sort()
+    back = _number(sender, receiver, -unit, atoms, half)
+    at = torch.searchsorted(there, back).clamp(max=len(there) - 1)
+    twin = torch.where(there[at] == back, order[at], place)
+    return torch.where(twin[twin] == place, twin, place).to(torch.int32)
+
+
+def _number(one, two, unit: torch.Tensor, atoms: int, half: int) -> torch.Tensor:
+    """A number for (atom, atom, unit shift within -half .. half)."""
+    number = one * atoms + two
+    for axis in range(3):
+        number = number * (2 * half + 1) + unit[:, axis] + half
+    return number
 
 
 def _pairs(finder, points: torch.Tensor, cell: torch.Tensor, wraps: torch.Tensor) -> list[torch.Tensor]:
@@ -45,4 +72,5 @@ def padded(pairs: Candidates, places: int, dtype: torch.dtype) -> Candidates:
     """The pairs in `places` places (no fewer than they need) and in `dtype`; what is behind them is zero."""
     spare = places - pairs.sender.shape[0]
     rows = (torch.nn.functional.pad(t.to(dtype), (0, 0, 0, spare)) for t in (pairs.shift, pairs.unit_shift))
-    return Candidates(pairs.ptr, torch.nn.functional.pad(pairs.sender, (0, spare)), *rows)
+    sender, twin = (torch.nn.functional.pad(t, (0, spare)) for t in (pairs.sender, pairs.twin))
+    return Candidates(pairs.ptr, sender, *rows, twin)

@@ -2,17 +2,15 @@
 
 In molecular dynamics the weights are fixed, so these are so many functions of one number. A `Table` holds them as cubic
 polynomials on intervals fine enough that the tables' error is below the rounding of the numbers themselves; it is
-measured where the polynomials are worst, between the knots, and the intervals are halved until it is. Energies stay
-differentiable: forces are those of the tables. Where no table is fine enough, or there are too many kinds of atoms, or
-numbers are FP64, a `Network` evaluates the model's own modules.
+measured where the polynomials are worst, and the intervals are halved until it is. Slopes are those of the polynomials,
+so that forces stay the exact derivative of the energy. Where no table is fine enough, or there are too many kinds of
+atoms, or numbers are FP64, a `Network` evaluates the model's own modules.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ..nn.edge_embedding import EdgeRadial
-from ..nn.radial_mlp import RadialNet
 from ..ops.radial_table import MAX_WIDTH, radial_table
 
 FINENESS = (8, 9, 10, 11)
@@ -43,56 +41,46 @@ def functions(embedding, networks: list, numbers, lengths, attrs, edge_index) ->
 
 
 class Network:
-    """The functions by the model's own modules; backward by autograd of these few."""
+    """The functions by the model's own modules, their slopes by autograd of these few."""
 
     def __init__(self, embedding: torch.nn.Module, networks: list, numbers: torch.Tensor, attrs: torch.Tensor):
         self.embedding, self.networks, self.numbers, self.attrs = embedding, networks, numbers, attrs
 
-    def forward(self, r: torch.Tensor, edge_index: torch.Tensor) -> list[torch.Tensor]:
-        """The functions [E, H] at r [E, 1]."""
-        with torch.enable_grad():
-            self._r = r.detach().requires_grad_(True)
-            features, cutoff = self.embedding(self._r, self.attrs, edge_index, self.numbers)
-            self._found = []
-            for network, what in self.networks:
-                h = network.hidden(features) if what == "hidden" else torch.tanh(network(features) ** 2)
-                self._found.append(h if cutoff is None else h * cutoff)
-        return [h.detach() for h in self._found]
+    @torch.enable_grad()
+    def __call__(self, r: torch.Tensor, edge_index: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(h, dh/dr) [P, H] of each function at r [P, 1] between the atoms edge_index [2, P]."""
+        r = r.detach().requires_grad_(True)
+        features, cutoff = self.embedding(r, self.attrs, edge_index, self.numbers)
+        found = []
+        for network, what in self.networks:
+            h = network.hidden(features) if what == "hidden" else torch.tanh(network(features) ** 2)
+            h = h if cutoff is None else h * cutoff
+            found.append((h.detach(), slopes(h, r)))
+        return found
 
-    def backward(self, grads: list[torch.Tensor]) -> torch.Tensor:
-        """The gradient [E, 1] of r."""
-        (gr,) = torch.autograd.grad(self._found, self._r, grads)
-        self._r = self._found = None
-        return gr
+
+def slopes(h: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+    """dh/dr [P, H] for h [P, H] of r [P, 1], row by row: <u, dh/dr> is linear in u, and so its gradient by u."""
+    u = torch.ones_like(h, requires_grad=True)
+    (along,) = torch.autograd.grad((h * u).sum(), r, create_graph=True)
+    return torch.autograd.grad(along.sum(), u, retain_graph=True)[0]
 
 
 class Table:
-    """The functions by tables; `table_of` makes them."""
+    """The functions by tables; `radial_of` makes them."""
 
     def __init__(self, tables: list[torch.Tensor], kind: torch.Tensor, per_angstrom: float):
         self.tables, self.kind, self.per_angstrom = tables, kind, per_angstrom
 
-    def forward(self, r: torch.Tensor, edge_index: torch.Tensor) -> list[torch.Tensor]:
-        """The functions [E, H] at r [E, 1]."""
-        self._edges = r, edge_index
+    def __call__(self, r: torch.Tensor, edge_index: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(h, dh/dr) [P, H] of each function at r [P, 1] between the atoms edge_index [2, P]."""
         return [radial_table(r, t, edge_index, self.kind, per_angstrom=self.per_angstrom) for t in self.tables]
-
-    def backward(self, grads: list[torch.Tensor]) -> torch.Tensor:
-        """The gradient [E, 1] of r."""
-        r, edge_index = self._edges
-        rest = edge_index, self.kind, self.per_angstrom
-        parts = [
-            torch.ops.mace_triton.radial_table_bwd(g, r, t, *rest) for g, t in zip(grads, self.tables, strict=True)
-        ]
-        return sum(parts[1:], parts[0])
 
 
 def radial_of(embedding, networks: list, numbers, attrs: torch.Tensor, r_max: float) -> Table | Network:
     """The functions of (network, "hidden" or "density"), for nodes with one-hot attrs [N, Z]."""
     network = Network(embedding, networks, numbers, attrs)
-    if attrs.dtype != torch.float32 or not isinstance(embedding, EdgeRadial):
-        return network
-    if not all(isinstance(net, RadialNet) for net, _ in networks):
+    if attrs.dtype != torch.float32:
         return network
     present, kind = attrs.argmax(1).unique(return_inverse=True)
     if not hasattr(embedding, "distance_transform"):
@@ -148,8 +136,6 @@ class _Exact:
         found = []
         with torch.enable_grad():
             for h in functions(embedding, networks, numbers, lengths, self.one_hot, edge_index):
-                u = torch.ones_like(h, requires_grad=True)  # d<u, h>/dr is linear in u: its gradient by u is dh/dr
-                (along,) = torch.autograd.grad((h * u).sum(), lengths, create_graph=True)
-                (slope,) = torch.autograd.grad(along.sum(), u, retain_graph=True)
-                found.append(tuple(t.detach().view(kinds, kinds, points, -1) for t in (h, slope)))
+                both = h.detach(), slopes(h, lengths)
+                found.append(tuple(t.view(kinds, kinds, points, -1) for t in both))
         return found

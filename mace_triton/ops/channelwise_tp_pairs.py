@@ -1,0 +1,151 @@
+"""The channel-wise tensor product of edges that share their weights in pairs, and its way back to forces.
+
+For the engine, which knows its edges sorted and its weights as functions of the length: the forward, and a backward
+that gives the gradient of every length instead of that of every weight. Neither has a derivative. GPU tensors (and,
+under Triton's interpreter, CPU tensors) run `kernels/channelwise_tp.py`, others `reference.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..problem import ChannelwiseTPProblem
+from . import dispatch
+from .channelwise_tp import STORAGE
+from .graph import GraphPlan
+
+
+def _plan(row_ptr: Tensor, sender: Tensor, pair: Tensor, n_in: int) -> GraphPlan:
+    """What the kernels walk: rows of weights in the place of a permutation."""
+    return GraphPlan(sender[:0], row_ptr, pair, sender, sender[:0], sender[:0], n_in)
+
+
+def _edge_index(row_ptr: Tensor, sender: Tensor) -> Tensor:
+    receiver = torch.repeat_interleave(row_ptr.diff().long(), output_size=sender.shape[0])
+    return torch.stack((sender.long(), receiver))
+
+
+@torch.library.custom_op("mace_triton::channelwise_tp_pairs", mutates_args=())
+def _fwd(x: Tensor, y: Tensor, w: Tensor, row_ptr: Tensor, sender: Tensor, pair: Tensor, problem: str) -> Tensor:
+    spec, which = ChannelwiseTPProblem.from_key(problem), dispatch.backend(x)
+    dispatch.count("channelwise_tp_pairs_fwd", which)
+    if which == "reference":
+        edge_index = _edge_index(row_ptr, sender)
+        return reference.channelwise_tp_fwd(spec, x, y, w[pair.long()], edge_index, row_ptr.shape[0] - 1)
+    from ..kernels import channelwise_tp as kernels
+
+    tensors = (t.contiguous() for t in (x, y, w))
+    return kernels.forward_of_pairs(spec, *tensors, _plan(row_ptr, sender, pair, x.shape[0]))
+
+
+@_fwd.register_fake
+def _(x, y, w, row_ptr, sender, pair, problem):
+    return x.new_empty(row_ptr.shape[0] - 1, ChannelwiseTPProblem.from_key(problem).dim_out)
+
+
+@torch.library.custom_op("mace_triton::channelwise_tp_pairs_bwd", mutates_args=("gy", "gr"))
+def _bwd(
+    g: Tensor,
+    x: Tensor,
+    y: Tensor,
+    w: Tensor,
+    d: Tensor,
+    gy: Tensor,
+    gr: Tensor,
+    row_ptr: Tensor,
+    sender: Tensor,
+    pair: Tensor,
+    problem: str,
+    wrt_x: bool,
+) -> Tensor:
+    spec, which = ChannelwiseTPProblem.from_key(problem), dispatch.backend(x)
+    dispatch.count("channelwise_tp_pairs_bwd", which)
+    if which == "reference":
+        rows = pair.long()
+        gx, own, gw = reference.channelwise_tp_bwd(spec, g, x, y, w.to(x.dtype)[rows], _edge_index(row_ptr, sender))
+        gy += own
+        gr += (gw * d[rows]).sum(1, keepdim=True)
+    else:
+        from ..kernels import channelwise_tp as kernels
+
+        tensors = (t.contiguous() for t in (g, x, y, w, d))
+        gx = kernels.add_forces(spec, *tensors, gy, gr, _plan(row_ptr, sender, pair, x.shape[0]), wrt_x)
+    return gx if wrt_x else x.new_empty(0)
+
+
+@_bwd.register_fake
+def _(g, x, y, w, d, gy, gr, row_ptr, sender, pair, problem, wrt_x):
+    return x.new_empty(x.shape if wrt_x else 0)
+
+
+def _check(problem: ChannelwiseTPProblem, x, y, w, row_ptr, sender, pair) -> None:
+    widths = ((x, "x", problem.dim_in1), (y, "y", problem.dim_in2), (w, "w", problem.weight_numel))
+    for tensor, name, width in widths:
+        if tensor.ndim != 2 or tensor.shape[1] != width:
+            raise ValueError(f"{name} must have shape [rows, {width}] for this problem, got {list(tensor.shape)}")
+    edges = y.shape[0]
+    if sender.shape != (edges,) or pair.shape != (edges,) or row_ptr.ndim != 1 or row_ptr.shape[0] == 0:
+        shapes = [list(t.shape) for t in (sender, pair, row_ptr)]
+        raise ValueError(f"sender, pair and row_ptr must be [{edges}], [{edges}] and [N + 1], got {shapes}")
+    if {row_ptr.dtype, sender.dtype, pair.dtype} != {torch.int32}:
+        raise TypeError("row_ptr, sender and pair must be int32")
+    if x.dtype not in (torch.float64, torch.float32) or y.dtype != x.dtype:
+        raise TypeError(f"x and y must both be float64 or both float32, got {x.dtype} and {y.dtype}")
+    if w.dtype not in STORAGE[x.dtype]:
+        raise TypeError(f"w must be one of {STORAGE[x.dtype]} when x is {x.dtype}, got {w.dtype}")
+    if len({t.device for t in (x, y, w, row_ptr, sender, pair)}) != 1:
+        raise ValueError("x, y, w, row_ptr, sender and pair must be on one device")
+
+
+def channelwise_tp_pairs(
+    problem: ChannelwiseTPProblem, x: Tensor, y: Tensor, w: Tensor, row_ptr: Tensor, sender: Tensor, pair: Tensor
+) -> Tensor:
+    """`channelwise_tp` [N, problem.dim_out] of sorted edges with the weights w[pair[e]]; no derivative.
+
+    x [N_in, problem.dim_in1] and y [E, problem.dim_in2], float64 or float32 alike; w [P, problem.weight_numel] in x's
+    dtype, or 16 bits beside float32. The edges lie sorted by receiver: row_ptr [N + 1], sender [E] and pair [E] int32,
+    as `edge_filter` gives them, whose range is not checked.
+
+    Raises ValueError (shape, device) or TypeError (dtype) naming the argument.
+    """
+    _check(problem, x, y, w, row_ptr, sender, pair)
+    return _fwd(x, y, w, row_ptr, sender, pair, problem.key)
+
+
+def add_forces(
+    problem: ChannelwiseTPProblem,
+    g: Tensor,
+    x: Tensor,
+    y: Tensor,
+    w: Tensor,
+    d: Tensor,
+    gy: Tensor,
+    gr: Tensor,
+    row_ptr: Tensor,
+    sender: Tensor,
+    pair: Tensor,
+    *,
+    wrt_x: bool = True,
+) -> Tensor | None:
+    """Add to gy [E, dim_in2] and gr [E, 1], x's dtype, contiguous, the gradients of y and of the edges' lengths.
+
+    g [N, problem.dim_out]: the gradient of `channelwise_tp_pairs`; d [P, problem.weight_numel], w's dtype: the slope of
+    w with the length. Returns the gradient of x, or None without wrt_x. Sums run in any order.
+
+    Raises ValueError (shape, device) or TypeError (dtype) naming the argument.
+    """
+    _check(problem, x, y, w, row_ptr, sender, pair)
+    for name, tensor, like in (("g", g, (row_ptr.shape[0] - 1, problem.dim_out)), ("d", d, tuple(w.shape))):
+        if tensor.shape != like:
+            raise ValueError(f"{name} must have shape {list(like)}, got {list(tensor.shape)}")
+    for name, tensor, like in (("gy", gy, tuple(y.shape)), ("gr", gr, (y.shape[0], 1))):
+        if tensor.shape != like or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous {list(like)}, got {list(tensor.shape)}")
+    if {g.dtype, gy.dtype, gr.dtype} != {x.dtype} or d.dtype != w.dtype:
+        raise TypeError(f"g, gy and gr must have x's dtype {x.dtype}, and d that of w, {w.dtype}")
+    if len({t.device for t in (x, g, d, gy, gr)}) != 1:
+        raise ValueError("g, d, gy and gr must be on x's device")
+    gx = _bwd(g, x, y, w, d, gy, gr, row_ptr, sender, pair, problem.key, wrt_x)
+    return gx if wrt_x else None
