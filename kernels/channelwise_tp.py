@@ -190,7 +190,7 @@ def add_forces(problem, g, x, y, w, d, gy: torch.Tensor, gr: torch.Tensor, plan,
     d [pairs, weight_numel]: the slopes of w with the length. gy and gr have the accumulator's type.
     """
     acc, acc_tl = _accumulate(x.dtype)
-    tile = _tile("channelwise_tp_bwd", problem, x, w, plan.n_out)
+    tile = _tile("channelwise_tp_forces", problem, x, w, plan.n_out)
     kernels = _forces_kernels(problem, tile["PAIRS"], tile["BLOCK_C"], _ahead(tile, x), wrt_x)
     gx = torch.zeros(x.shape if wrt_x else 0, dtype=acc, device=x.device)
     _launch(kernels, tile, acc_tl, plan, g, x, y, w, d, gx, gy, gr)
@@ -211,25 +211,24 @@ def offline_cases(problem, target: str = "sm_90", storages: tuple[str, ...] = ("
     cases = []
     for storage in storages:
         call = {"dtype": "fp64" if storage == "fp64" else "fp32", "storage": storage}
-        for op in ("channelwise_tp_fwd", "channelwise_tp_bwd"):
+        for op in ("channelwise_tp_fwd", "channelwise_tp_bwd", "channelwise_tp_forces"):
             tile = tiles.choose(op, arch=target, **call, pairs=_pairs(problem), nodes=5184)
             ahead = 0 if target.startswith("gfx") else tile["AHEAD"]
-            how = (problem, tile["PAIRS"], tile["BLOCK_C"], ahead)
-            forces, title = op == "channelwise_tp_bwd", "" if op == "channelwise_tp_bwd" else "of pairs "
-            kernels = _forces_kernels(*how, True) if forces else _forward_kernels(*how, False, True)
-            for number, (kernel, _) in enumerate(kernels):
-                cases.append(_offline_case(kernel.fn, f"{title}{number + 1}/{len(kernels)}", tile, **call))
-            for tangent in (False, True):
-                how = (problem, tile["TANGENT_PAIRS" if tangent else "PAIRS"], tile["BLOCK_C"], ahead)
-                backward = op == "channelwise_tp_bwd"
-                kernels = (
-                    _backward_kernels(*how, "atomic", False, tangent)[0]
-                    if backward
-                    else _forward_kernels(*how, tangent)
-                )
+            for title, kernels in _offline_kernels(op, problem, tile, ahead):
                 for number, (kernel, _) in enumerate(kernels):
-                    cases.append(_offline_case(kernel.fn, f"{number + 1}/{len(kernels)}", tile, **call))
+                    cases.append(_offline_case(kernel.fn, f"{title}{number + 1}/{len(kernels)}", tile, **call))
     return cases
+
+
+def _offline_kernels(op: str, problem, tile: tiles.Tile, ahead: int) -> list[tuple[str, list]]:
+    """(title, kernels) of what `op` launches."""
+    plain, tangent = ((problem, tile[key], tile["BLOCK_C"], ahead) for key in ("PAIRS", "TANGENT_PAIRS"))
+    if op == "channelwise_tp_forces":
+        return [("", _forces_kernels(*plain, True))]
+    if op == "channelwise_tp_bwd":
+        return [("", _backward_kernels(*how, "atomic", False, how is tangent)[0]) for how in (plain, tangent)]
+    pairs = ("of pairs ", _forward_kernels(*plain, False, True))
+    return [pairs, *(("", _forward_kernels(*how, how is tangent)) for how in (plain, tangent))]
 
 
 def _offline_case(function, part: str, tile: tiles.Tile, dtype: str, storage: str):

@@ -9,6 +9,8 @@ atoms, or numbers are FP64, a `Network` evaluates the model's own modules.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from ..ops.radial_table import MAX_WIDTH, radial_table
@@ -88,14 +90,19 @@ def radial_of(embedding, networks: list, numbers, attrs: torch.Tensor, r_max: fl
     if len(present) > KINDS:
         return network
     one_hot = torch.eye(attrs.shape[1], dtype=torch.float64)[present.cpu()]
-    plain = [(net.restore().cpu().double(), what) for net, what in networks]
-    evaluate = _Exact(embedding.restore().cpu().double(), plain, numbers.cpu(), one_hot)
+    plain = [(_exact(net), what) for net, what in networks]
+    evaluate = _Exact(_exact(embedding), plain, numbers.cpu(), one_hot)
     for power in FINENESS:
         tables = evaluate.tables(r_max, power)
         if tables is not None:
             tables = [t.to(attrs.device, attrs.dtype).contiguous() for t in tables]
             return Table(tables, kind.to(torch.int32), 2.0**power)
     return network
+
+
+def _exact(module) -> torch.nn.Module:
+    """An FP64 copy on the CPU of the module that ours stands in for."""
+    return copy.deepcopy(module.restore()).cpu().double()  # what it restores shares its children
 
 
 class _Exact:
