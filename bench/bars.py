@@ -51,9 +51,9 @@ class Section:
         for spec in specs:
             self.add(measure.measure(spec, self.device))
 
-    def value(self, key: str, case, direction: str, provider: str, precision: str) -> float:
+    def value(self, key: str, case, direction: str, provider: str, precision: str, variant: str = "") -> float:
         """One number of a measured row; LookupError saying why when the row is not there or not ok."""
-        spec = measure.Spec(case, provider, precision, direction)
+        spec = measure.Spec(case, provider, precision, direction, variant)
         wanted = measure.describe(spec)
         for row in self.rows:
             if all(row.get(name) == value for name, value in wanted.items()):
@@ -269,6 +269,75 @@ def steps(section: Section) -> None:
             section.ratio(text, case, direction, "cueq", precision, least, key="wall_ms")
 
 
+def graphs(section: Section) -> None:
+    """A step on a state that stays on the device, mp-medium: ours against cuEquivariance compiled with CUDA graphs."""
+    direction, compiled = md_step.DIRECTIONS[1], "reduce-overhead"
+    cases = {atoms: md_step.StepCase("medium", atoms) for atoms in (192, 1536, 5184)}
+    for precision in ("fp32", "bf16"):
+        section.measure(measure.specs(cases.values(), [(OURS, (precision,))], [direction]))
+        measure.forget(section.device)
+    for atoms, least in ((192, 7.0), (1536, 5.0), (5184, 4.0)):
+        section.measure(measure.specs([cases[atoms]], [("cueq", ("fp32",))], [direction], compiled))
+        measure.forget(section.device)
+        for precision, bar in (("fp32", least), ("bf16", None)):
+
+            def quotient(case=cases[atoms], precision=precision) -> float:
+                theirs = section.value("wall_ms", case, direction, "cueq", "fp32", compiled)
+                return theirs / section.value("wall_ms", case, direction, OURS, precision)
+
+            text = f"torch-sim step medium {atoms}, wall time: cueq fp32 with CUDA graphs / ours {precision}"
+            section.bar(text, quotient, least=bar)
+
+
+ENGINE_MOST = {"fp32": 1 / 3, "bf16": 1 / 4.5}
+"""Our GPU time of a step over cuEquivariance's of energy and forces in FP32."""
+
+
+def engine(section: Section) -> None:
+    """GPU time, graph nodes, memory and time per atom of a step, against cuEquivariance's energy and forces."""
+    direction, theirs = md_step.DIRECTIONS[1], models.DIRECTIONS[0]
+    for name in ("small", "medium", "large"):
+        peers = {atoms: models.ModelCase(name, atoms) for atoms in (1536, 5184)}
+        section.measure(measure.specs(peers.values(), [("cueq", ("fp32",))], [theirs]))
+        measure.forget(section.device)
+        ours = {atoms: md_step.StepCase(name, atoms) for atoms in (24, 192, 1536, 5184, 13824, 41472)}
+        for precision in ENGINE_MOST:
+            sizes = ours if precision == "fp32" else (192, 1536, 5184)
+            section.measure(measure.specs([ours[atoms] for atoms in sizes], [(OURS, (precision,))], [direction]))
+            measure.forget(section.device)
+        for atoms, peer in peers.items():
+            for precision, most in ENGINE_MOST.items():
+                _of_step(section, name, ours[atoms], peer, precision, most, "gpu_ms", "GPU time")
+            _of_step(section, name, ours[atoms], peer, "fp32", 0.5, "peak_mib", "peak memory")
+        for atoms in (24, 192):
+            for key, most in (("gpu_ms", 1.0), ("launches", 60)):
+                value = functools.partial(section.value, key, ours[atoms], direction, OURS, "fp32")
+                section.bar(f"engine {name} {atoms}, fp32: {key}", value, most=most)
+        _per_atom(section, name, ours, direction)
+
+
+def _of_step(section: Section, name: str, case, peer, precision: str, most: float, key: str, what: str) -> None:
+    def quotient() -> float:
+        mine = section.value(key, case, md_step.DIRECTIONS[1], OURS, precision)
+        return mine / section.value(key, peer, models.DIRECTIONS[0], "cueq", "fp32")
+
+    section.bar(f"engine {name} {case.atoms}, {what}: ours {precision} / cueq fp32", quotient, most=most)
+
+
+def _per_atom(section: Section, name: str, cases: dict, direction: str) -> None:
+    """Microseconds of GPU time an atom; from 5184 atoms on it should stay the same."""
+
+    def cost(atoms: int) -> float:
+        return 1e3 * section.value("gpu_ms", cases[atoms], direction, OURS, "fp32") / atoms
+
+    large = (5184, 13824, 41472)
+    for atoms in large:
+        text = f"engine {name} {atoms}, fp32: microseconds an atom"
+        section.bar(text, functools.partial(cost, atoms), most=2.0 if name == "large" else None)
+    text = f"engine {name}, fp32: most over least time an atom, 5184 to 41472 atoms"
+    section.bar(text, lambda: max(map(cost, large)) / min(map(cost, large)), most=1.2)
+
+
 SECTIONS: dict[str, Callable[[Section], None]] = {
     "conv": conv,
     "linear": linear,
@@ -279,6 +348,8 @@ SECTIONS: dict[str, Callable[[Section], None]] = {
     "memory": memory,
     "compile": compile_,
     "steps": steps,
+    "graphs": graphs,
+    "engine": engine,
 }
 
 

@@ -1,11 +1,14 @@
-"""A step of molecular dynamics as a user runs it: ASE's Langevin dynamics of water with each package's calculator.
+"""A step of molecular dynamics as a user runs it, of water: in ASE, and on a state that stays on the device.
 
-MACECalculator is the face of e3nn and cuEquivariance, MACETritonCalculator ours. `wall_ms` is what a step takes, the
+"Langevin step": ASE's Langevin dynamics with MACECalculator, the face of e3nn and cuEquivariance, or with ours.
+"torch-sim step": what torch-sim asks of its model in every step, energy, forces and stress of a state; MACE's own model
+for it, plain or compiled with CUDA graphs (variant "reduce-overhead"), or ours. `wall_ms` is what a step takes, the
 median over steps; `gpu_ms` the sum of its kernels.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,16 +17,18 @@ import ase
 import numpy as np
 import torch
 
-from . import blocks, models, providers, structures
+from . import blocks, models, providers, structures, timing
 from .blocks import Prepared
 
-DIRECTIONS = ("Langevin step",)
+DIRECTIONS = ("Langevin step", "torch-sim step")
 TIME_STEP, TEMPERATURE, FRICTION = 0.5, 300.0, 0.01
 """fs, K, 1 / fs: for water, and for models whose random weights make of it what they will."""
 SKIN = 1.0
 """Angstrom, of our calculator's engine."""
 STEPS = 21
 """Of which the median is taken."""
+REPEATED = {13824: (1536, (3, 3, 1)), 41472: (5184, (2, 2, 2))}
+"""Boxes that are so many copies of a smaller one: their forces are its, and plain e3nn need not fit on the card."""
 
 
 @dataclass(frozen=True)
@@ -37,20 +42,66 @@ class StepCase:
     block: str = "md step"
 
     def structure(self) -> ase.Atoms:
-        numbers, positions, cell = structures.water(self.atoms)
-        return ase.Atoms(numbers, positions, cell=cell, pbc=True)
+        unit, copies = REPEATED.get(self.atoms, (self.atoms, (1, 1, 1)))
+        numbers, positions, cell = structures.water(unit)
+        return ase.Atoms(numbers, positions, cell=cell, pbc=True).repeat(copies)
 
     def prepare(self, provider: str, precision: str, variant: str, device: torch.device, direction: str) -> Prepared:
-        """Build the calculator, gate its forces, set the dynamics up."""
-        atoms = self.structure()
-        atoms.calc = calculator(self.name, self.channels, self.elements, provider, precision, device)
-        forces = {"forces": torch.from_numpy(np.asarray(atoms.get_forces(), dtype=np.float64))}
-        case = models.ModelCase(self.name, self.atoms, self.channels, self.elements)
+        """Build calculator or model, gate its forces, set the step up."""
+        start = timing.free_memory(device)
+        if direction == DIRECTIONS[0]:
+            atoms = self.structure()
+            atoms.calc = calculator(self.name, self.channels, self.elements, provider, precision, device)
+            atoms.get_forces()
+            atoms.calc.results = {}  # ours runs on its engine from the second time on
+            forces, step = torch.from_numpy(np.asarray(atoms.get_forces(), dtype=np.float64)), _dynamics(atoms)
+        else:
+            key = (self.name, self.channels, self.elements, provider, precision, variant, device)
+            forces, step = _torchsim_step(self.structure(), *key)
+        timing.warm_up([step], device)
+        peak = timing.peak_mib(step, device)
+        unit = REPEATED.get(self.atoms, (self.atoms,))[0]
+        case = models.ModelCase(self.name, unit, self.channels, self.elements)
         expected, extra = models._reference(case, models.DIRECTIONS[0], device)
-        tolerance = {"forces": models.TOLERANCE[precision]}
-        errors = blocks.gate(forces, {"forces": expected["forces"].double()}, tolerance)
-        step = _dynamics(atoms)
-        return Prepared({direction: [step]}, {}, {}, errors, {"reference": extra})
+        wanted = expected["forces"].double().repeat(self.atoms // unit, 1)
+        errors = blocks.gate({"forces": forces}, {"forces": wanted}, {"forces": models.TOLERANCE[precision]})
+        kept = {"reference": extra, "peak_mib": None if peak is None else peak - start / 2**20}
+        return Prepared({direction: [step]}, {}, {}, errors, kept)
+
+
+def _torchsim_step(atoms: ase.Atoms, *key) -> tuple[torch.Tensor, Callable[[], object]]:
+    """(forces of the structure, what evaluates a state whose atoms have moved a little), with torch-sim's models."""
+    try:
+        import torch_sim
+    except ImportError as error:
+        raise providers.MissingProviderError("torch-sim is not installed") from error
+    model = torchsim_model(*key)
+    state = torch_sim.initialize_state(atoms, device=model.device, dtype=torch.float64)
+    start, rng = state.positions.clone(), np.random.default_rng(0)
+    moves = [torch.tensor(rng.normal(0.0, 0.002, start.shape), device=start.device) for _ in range(8)]
+    taken = itertools.count()
+
+    def step():
+        state.positions = (start + moves[next(taken) % len(moves)]).to(state.positions)
+        return model(state)
+
+    state = state.to(dtype=model.dtype)
+    forces = model(state)["forces"].double().cpu()
+    return forces, step
+
+
+@lru_cache(maxsize=1)
+def torchsim_model(name: str, channels: int, elements: tuple, provider: str, precision: str, variant: str, device):
+    """torch-sim's model of a provider; a conversion serves every size."""
+    plain = models.mp_model(name, channels, elements)
+    if provider == "mace_triton":
+        from mace_triton.torchsim import MACETritonModel
+
+        return MACETritonModel(plain, precision=precision, device=device, skin=SKIN)
+    from mace.calculators.mace_torchsim import MaceTorchSimModel
+
+    how = {"enable_cueq": provider == "cueq", "compile_mode": variant or None}
+    return MaceTorchSimModel(plain, device=device, dtype=providers.model_dtype(precision), **how)
 
 
 @lru_cache(maxsize=1)

@@ -62,7 +62,7 @@ def forget(device: torch.device) -> None:
     """Let go of everything kept between rows."""
     _kept.clear()
     references = (module.reference for module in (edge_block, radial_block, species_blocks))
-    for kept in (blocks.conv_reference, *references, models.built, md_step.calculator):
+    for kept in (blocks.conv_reference, *references, models.built, md_step.calculator, md_step.torchsim_model):
         kept.cache_clear()
     timing.free_memory(device)
 

@@ -1,4 +1,4 @@
-"""A step of molecular dynamics on water: our calculator on the engine, MACECalculator on e3nn and cuEquivariance."""
+"""A step of molecular dynamics on water: our faces on the engine, MACE's on e3nn and cuEquivariance."""
 
 from __future__ import annotations
 

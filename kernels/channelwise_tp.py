@@ -214,21 +214,20 @@ def offline_cases(problem, target: str = "sm_90", storages: tuple[str, ...] = ("
         for op in ("channelwise_tp_fwd", "channelwise_tp_bwd", "channelwise_tp_forces"):
             tile = tiles.choose(op, arch=target, **call, pairs=_pairs(problem), nodes=5184)
             ahead = 0 if target.startswith("gfx") else tile["AHEAD"]
-            for title, kernels in _offline_kernels(op, problem, tile, ahead):
+            for kernels in _offline_kernels(op, problem, tile, ahead):
                 for number, (kernel, _) in enumerate(kernels):
-                    cases.append(_offline_case(kernel.fn, f"{title}{number + 1}/{len(kernels)}", tile, **call))
+                    cases.append(_offline_case(kernel.fn, f"{number + 1}/{len(kernels)}", tile, **call))
     return cases
 
 
-def _offline_kernels(op: str, problem, tile: tiles.Tile, ahead: int) -> list[tuple[str, list]]:
-    """(title, kernels) of what `op` launches."""
+def _offline_kernels(op: str, problem, tile: tiles.Tile, ahead: int) -> list[list]:
+    """What `op` launches, and its relatives for tangents and pairs."""
     plain, tangent = ((problem, tile[key], tile["BLOCK_C"], ahead) for key in ("PAIRS", "TANGENT_PAIRS"))
     if op == "channelwise_tp_forces":
-        return [("", _forces_kernels(*plain, True))]
+        return [_forces_kernels(*plain, True)]
     if op == "channelwise_tp_bwd":
-        return [("", _backward_kernels(*how, "atomic", False, how is tangent)[0]) for how in (plain, tangent)]
-    pairs = ("of pairs ", _forward_kernels(*plain, False, True))
-    return [pairs, *(("", _forward_kernels(*how, how is tangent)) for how in (plain, tangent))]
+        return [_backward_kernels(*how, "atomic", False, how is tangent)[0] for how in (plain, tangent)]
+    return [_forward_kernels(*plain, False), _forward_kernels(*tangent, True), _forward_kernels(*plain, False, True)]
 
 
 def _offline_case(function, part: str, tile: tiles.Tile, dtype: str, storage: str):

@@ -245,13 +245,13 @@ class Writer:
 def forward_source(
     problem, numbers: tuple[int, ...], block_c: int, tangent: bool = False, ahead: int = 0, paired: bool = False
 ) -> str:
-    """`channelwise_tp_fwd_kernel`, or with `tangent` its derivative along (a, b, q).
+    """`channelwise_tp_fwd_kernel`, or with `tangent` its derivative along (a, b, q); with `paired` of weights in pairs.
 
     Each of SPLIT programs of a node sums a share of its edges into a plane of its own of out [SPLIT, nodes, dim_out].
     """
     out = Writer(problem, numbers, block_c, ahead, paired)
     operands = "xaybwq" if tangent else "xyw"
-    name = "channelwise_tp_fwd_tangent_kernel" if tangent else "channelwise_tp_fwd_kernel"
+    name = f"channelwise_tp_fwd{'_tangent' * tangent}{'_pairs' * paired}_kernel"
     out.head(name, " ".join(operands) + " out receiver perm sender")
     for n, path in out.paths:
         for m1, m2 in pairs(path):

@@ -33,8 +33,8 @@ class MACETritonCalculator(MACECalculator):
     name of a foundation model (fetched by MACE's own loader), a MACE module, or a list of any of these (a committee).
     precision: "fp64", "fp32", "tf32", "bf16", "fp16" or a `Precision`; None keeps the model's own.
     head: which head of a model with several. device: "cuda", "cuda:1" or "cpu"; the default is a GPU if there is one.
-    deterministic: the same bits on every run. skin: for molecular dynamics, where the same atoms are asked for time and
-    again: run on `Engine`, with neighbours looked for this much (angstrom) beyond the cutoff, 1.0 for instance. None
+    deterministic: the same bits on every run. skin: from the second time on that the same atoms are asked for, as in
+    molecular dynamics, steps run on `Engine`, with neighbours looked for this much (angstrom) beyond the cutoff. None
     leaves each step to MACECalculator, as do deterministic=True and models that read more than atoms and cell. Other
     arguments go to `MACECalculator`.
 
@@ -50,7 +50,7 @@ class MACETritonCalculator(MACECalculator):
         head: str | None = None,
         device: str | None = None,
         deterministic: bool = False,
-        skin: float | None = None,
+        skin: float | None = 1.0,
         **kwargs,
     ):
         device = check_device(device)
@@ -64,10 +64,11 @@ class MACETritonCalculator(MACECalculator):
 
         self.skin = None if deterministic else skin
         self.engines: list[Engine] = []
+        self._asked: ase.Atoms | None = None
 
     def calculate(self, atoms=None, properties=None, system_changes=all_changes):
         """Energy, forces and stress (eV, angstrom), and the energies of the atoms, as `MACECalculator` gives them."""
-        if not self.runs_on_engine or self.compute_atomic_stresses:
+        if not self._engine_serves(atoms):
             super().calculate(atoms, properties, system_changes)
             return
         Calculator.calculate(self, atoms)
@@ -88,6 +89,13 @@ class MACETritonCalculator(MACECalculator):
     def runs_on_engine(self) -> bool:
         """Whether steps run on `Engine`: with a skin, and models that read nothing but atoms and cell."""
         return self.skin is not None and all(map(_reads_atoms_alone, self.models))
+
+    def _engine_serves(self, atoms: ase.Atoms) -> bool:
+        """Whether this step runs on the engine. It takes a second to make one: not for structures asked for once."""
+        again = self._asked is not None and _alike(atoms, self._asked)
+        made = bool(self.engines) and _alike(atoms, self.engines[0].structures[0])
+        self._asked = atoms.copy()
+        return self.runs_on_engine and not self.compute_atomic_stresses and (again or made)
 
     def _engines_for(self, atoms: ase.Atoms) -> list[Engine]:
         """One for each model; those at hand if they were made for such atoms."""

@@ -129,10 +129,10 @@ def cases_of(op: str, target: str, shape: str, dtypes: tuple[str, ...]) -> list:
         kept = tuple(name for name in dtypes if name != "bf16")  # 16-bit features run the FP32 kernels
         return symmetric_contraction.offline_cases(contraction_problem(shape, 128), target, kept)
     if op == "edge_embedding":
-        from .kernels import edge_filter, edge_harmonics, edge_radial, edge_vectors
+        from .kernels import edge_filter, edge_forces, edge_harmonics, edge_radial, edge_vectors, radial_table, readout
 
         kept = tuple(name for name in dtypes if name != "bf16")
-        files = (edge_vectors, edge_harmonics, edge_radial, edge_filter)
+        files = (edge_vectors, edge_harmonics, edge_radial, edge_filter, edge_forces, radial_table, readout)
         return [case for file in files for case in file.offline_cases(target, kept)]
     from .kernels import linear, linear_scalars, norm_mlp, radial_mlp, species_linear
 

@@ -306,7 +306,7 @@ def test_kernels_compile_without_spills(target, hidden, storages):
     )
     compiled = offline.compile_cases(kernels.offline_cases(problem, target, storages), target)
     assert {name.split()[0] for name in compiled} == {
-        f"channelwise_tp_{kind}" for kind in ("fwd", "bwd", "forces", "fwd_tangent", "bwd_tangent")
+        f"channelwise_tp_{kind}" for kind in ("fwd", "bwd", "forces", "fwd_pairs", "fwd_tangent", "bwd_tangent")
     }
     assert {name: stats for name, stats in compiled.items() if stats.spills or stats.stack} == {}
 

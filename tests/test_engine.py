@@ -246,8 +246,10 @@ def test_calculator_gives_what_mace_gives(members, device, reference_path):
     theirs = MACECalculator(models=models, device=device.type, default_dtype="float64")
     ours = mt.MACETritonCalculator(models, precision="fp64", device=device.type, skin=0.5)
     for atoms in mm.random_structures(SMALL["elements"], seed=10) + mm.random_structures(SMALL["elements"], seed=11):
-        for place in moved([atoms], 0.05):
+        for seed in range(3):  # from the second time on by the engine
+            place = moved([atoms], 0.05, seed)[0]
             want, got = results_of(theirs, place), results_of(ours, place)
+            assert bool(ours.engines) == (seed > 0) or len(atoms) != len(ours.engines[0].structures[0])
             assert got.keys() == want.keys()
             for key, value in want.items():
                 if "stress" in key and not atoms.pbc.all():
@@ -261,14 +263,15 @@ def test_calculator_gives_what_mace_gives(members, device, reference_path):
 def test_calculator_leaves_to_mace_what_reads_more_than_atoms(device, reference_path):
     model = mm.build("mp-small", device=device, **SMALL)
     atoms = mm.random_structures(SMALL["elements"], seed=12)[0]
-    ours = mt.MACETritonCalculator(model, device=device.type, skin=1.0)
-    stepwise = mt.MACETritonCalculator(model, device=device.type)
-    ordered = mt.MACETritonCalculator(model, device=device.type, skin=1.0, deterministic=True)
-    wanted = results_of(ours, atoms)["forces"]
+    ours = mt.MACETritonCalculator(model, device=device.type)
+    stepwise = mt.MACETritonCalculator(model, device=device.type, skin=None)
+    ordered = mt.MACETritonCalculator(model, device=device.type, deterministic=True)
+    for place in (atoms, moved([atoms], 0.05)[0]):
+        wanted = results_of(ours, place)["forces"]
+        for calculator in (stepwise, ordered):
+            np.testing.assert_allclose(results_of(calculator, place)["forces"], wanted, rtol=0, atol=1e-10)
+            assert calculator.engines == []
     assert len(ours.engines) == 1
-    for calculator in (stepwise, ordered):
-        np.testing.assert_allclose(results_of(calculator, atoms)["forces"], wanted, rtol=0, atol=1e-10)
-        assert calculator.engines == []
     ours.models[0].joint_embedding, ours.engines = torch.nn.Identity(), []
     ours.results = {}
     with pytest.raises(AttributeError, match="embedding_specs"):  # MACE asks which; an engine would not

@@ -1,0 +1,95 @@
+"""The torch-sim face: accelerated models for batches of systems that stay on the GPU.
+
+Needs torch-sim (`pip install torch-sim-atomistic`); nothing else in the package imports it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ase
+import numpy as np
+import torch
+from torch_sim.models.interface import ModelInterface
+
+from .calculator import check_device, load
+from .convert import accelerate
+from .engine import Engine
+from .precision import Precision
+
+ENGINES = 4
+"""Batches that a model keeps an engine for, the latest ones: torch-sim's batchers come back to some."""
+
+
+class MACETritonModel(ModelInterface):
+    """A MACE model for torch-sim on `Engine`: energies in eV, forces in eV/angstrom, stress in eV/angstrom^3.
+
+    model: "water" (the model that ships with the package), a .model file, a foundation model's name or a MACE module.
+    precision: "fp64", "fp32", "tf32", "bf16", "fp16" or a `Precision`; None keeps the model's own. head: of a model
+    with several. device: "cuda", "cuda:1" or "cpu"; the default is a GPU if there is one. skin: angstrom beyond the
+    cutoff in which neighbours are kept. compute_stress: whether stresses are given.
+
+    A batch of other atoms than before costs a second or two, for a CUDA graph of its own. Raises what
+    `MACETritonCalculator` raises.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | torch.nn.Module = "water",
+        *,
+        precision: str | Precision | None = None,
+        head: str | None = None,
+        device: str | torch.device | None = None,
+        skin: float = 1.0,
+        compute_stress: bool = True,
+    ):
+        super().__init__()
+        self._device = torch.device(check_device(None if device is None else str(device)))
+        dtype = torch.float32 if precision is None else Precision.parse(precision).torch_dtype
+        (plain,) = load(model, str(self._device), dtype)
+        self.model = accelerate(plain.to(self._device), precision)
+        self._dtype = next(self.model.parameters()).dtype
+        self._compute_forces, self._compute_stress = True, compute_stress
+        self._memory_scales_with = "n_atoms_x_density"
+        self.head, self.skin = head, skin
+        self._engines: list[tuple[tuple[torch.Tensor, ...], Engine]] = []
+
+    def forward(self, state, **_) -> dict[str, torch.Tensor]:
+        """{"energy" [B], "forces" [N, 3], "stress" [B, 3, 3]} of a `torch_sim.SimState`, in the model's dtype."""
+        engine = self._engine_for(state)
+        found = engine.step(state.positions, state.row_vector_cell)
+        results = {"energy": found.energy, "forces": found.forces}
+        if self._compute_stress:
+            results["stress"] = found.stress
+        return {key: value.to(self._dtype, copy=True) for key, value in results.items()}
+
+    def _engine_for(self, state) -> Engine:
+        """The engine of such atoms, made if there is none."""
+        periodic = torch.as_tensor(state.pbc).expand(3)
+        key = state.atomic_numbers, state.system_idx, periodic
+        for place, (known, engine) in enumerate(self._engines):
+            if all(map(_same, known, key)):
+                self._engines.insert(0, self._engines.pop(place))
+                return engine
+        structures = _structures(state, periodic)
+        engine = Engine(self.model, structures, head=self.head, stress=self._compute_stress, skin=self.skin)
+        del self._engines[ENGINES - 1 :]
+        self._engines.insert(0, (tuple(t.clone() for t in key), engine))
+        return engine
+
+
+def _same(one: torch.Tensor, two: torch.Tensor) -> bool:
+    return one.shape == two.shape and torch.equal(one, two)
+
+
+def _structures(state, periodic: torch.Tensor) -> list[ase.Atoms]:
+    """The systems of a state, one after another."""
+    system = state.system_idx.cpu().numpy()
+    numbers, positions = state.atomic_numbers.cpu().numpy(), state.positions.detach().double().cpu().numpy()
+    cells = state.row_vector_cell.detach().double().cpu().numpy()
+    if (np.diff(system) < 0).any():
+        raise ValueError("state: system_idx must be sorted")
+    return [
+        ase.Atoms(numbers[system == b], positions[system == b], cell=cell, pbc=periodic.cpu().numpy())
+        for b, cell in enumerate(cells)
+    ]

@@ -1,0 +1,85 @@
+"""The torch-sim model against plain MACE in FP64: batches of different sizes, batches that come back, dynamics."""
+
+import mace_models as mm
+import numpy as np
+import pytest
+import torch
+from test_mace_parity import EXACT, SMALL, close, e3nn_model
+
+pytestmark = pytest.mark.torchscript
+ts = pytest.importorskip("torch_sim")
+
+from mace_triton import torchsim  # noqa: E402
+from mace_triton.ops import dispatch  # noqa: E402
+from mace_triton.water import water_box  # noqa: E402
+
+
+def boxes(count: int) -> list:
+    """Periodic crystals of 5, 8, ... atoms: torch-sim has one periodicity for all systems of a batch."""
+    return [mm.random_structures(SMALL["elements"], seed=n, n_atoms=5 + 3 * n)[0] for n in range(count)]
+
+
+def state_of(structures, device: torch.device):
+    return ts.initialize_state(structures, device=device, dtype=torch.float64)
+
+
+def check(ours: torchsim.MACETritonModel, plain, structures, device) -> None:
+    got = ours(state_of(structures, device))
+    want = mm.evaluate(plain, mm.batch_of(plain, structures))
+    for key in ("energy", "forces", "stress"):
+        assert got[key].dtype == ours.dtype
+        close(got[key], want[key], EXACT, key)
+
+
+def test_batches_come_and_go(device, reference_path):
+    plain = e3nn_model("mp-medium", device)
+    ours = torchsim.MACETritonModel(plain, precision="fp64", device=device)
+    dispatch.calls.clear()
+    check(ours, plain, boxes(3), device)
+    backend = "triton" if device.type == "cuda" else "reference"
+    assert dispatch.calls["channelwise_tp_pairs_fwd", backend] > 0
+    check(ours, plain, boxes(2), device)
+    first = ours._engines[1][1]
+    check(ours, plain, boxes(3), device)
+    assert ours._engines[0][1] is first
+    for count in (1, 4, 5, 6):
+        check(ours, plain, boxes(count), device)
+    assert len(ours._engines) == torchsim.ENGINES
+
+
+def test_results_are_the_callers(device, reference_path):
+    """The next step must not change what an earlier one gave."""
+    ours = torchsim.MACETritonModel(e3nn_model("mp-small", device), precision="fp64", device=device)
+    structures = boxes(2)
+    before = ours(state_of(structures, device))
+    kept = {key: value.clone() for key, value in before.items()}
+    for atoms in structures:
+        atoms.rattle(0.1, seed=1)
+    after = ours(state_of(structures, device))
+    assert not torch.equal(after["forces"], kept["forces"])
+    for key, value in kept.items():
+        assert torch.equal(before[key], value)
+
+
+def test_runs_dynamics(device, reference_path):
+    """NVE of the shipped water model by torch-sim's own runner: its last forces are those of its last positions."""
+    ours = torchsim.MACETritonModel("water", precision="fp64", device=device)
+    integrator = getattr(getattr(ts, "Integrator", None), "nve", None) or ts.nve
+    start = ts.initialize_state(water_box(2), device=device, dtype=torch.float64)
+    final = ts.integrate(start, ours, integrator=integrator, n_steps=20, temperature=300.0, timestep=0.0005)
+    assert (final.positions - start.positions).abs().max() > 1e-3
+    found = ours(final)
+    assert torch.equal(found["forces"], final.forces)
+    assert torch.equal(found["energy"], final.energy)
+    assert ours._engines[0][1].rebuilds == 1
+
+
+def test_bad_input_is_named(device, reference_path):
+    ours = torchsim.MACETritonModel(e3nn_model("mp-small", device), precision="fp64", device=device)
+    state = state_of(boxes(2), device)
+    state.system_idx = state.system_idx.flip(0)
+    with pytest.raises(ValueError, match="system_idx must be sorted"):
+        ours(state)
+    with pytest.raises(ValueError, match="device"):
+        torchsim.MACETritonModel("water", device="tpu")
+    assert np.isfinite(ours(state_of(boxes(1), device))["energy"].item())
