@@ -48,7 +48,8 @@ def readout_kernel(
         place = c[:, None] * hidden + j[None, :]
         v = tl.load(first_ptr + place, mask=(c < channels)[:, None] & (j < hidden)[None, :], other=0.0)
         w = tl.load(last_ptr + j, mask=j < hidden, other=0.0)  # [BLOCK_H]
-        z = tl.sum(x[:, :, None] * v[None, :, :], axis=1)  # [BLOCK_N, BLOCK_H]
+        # Summed over the last axis: a sum over the middle one of x[:, :, None] v[None] becomes a product in TF32.
+        z = tl.sum(x[:, None, :] * v.T[None, :, :], axis=2)  # [BLOCK_N, BLOCK_H]
         s = sigmoid(z)
         e = tl.sum(w[None, :] * z * s, axis=1)
         gz = w[None, :] * s * (1.0 + z * (1.0 - s))

@@ -277,6 +277,7 @@ class Engine:
     def _recorded(self) -> torch.cuda.CUDAGraph | None:
         """The step as a CUDA graph; None, with a warning, for a model that does what a graph cannot hold."""
         self._warm_up()
+        torch.cuda.empty_cache()  # a graph has memory of its own, as much again
         try:
             recorded = self._record()
             self.captures += 1
