@@ -14,7 +14,8 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from mace.calculators import MACECalculator
 from mace.modules import models
 
-from .certify import Certificate, certify, pick_head
+from . import checks
+from .certify import Certificate, certify, pick_head, single_point
 from .convert import accelerate, load_model
 from .engine import Engine, Results
 from .models import load_water
@@ -113,8 +114,21 @@ class MACETritonCalculator(MACECalculator):
 
     def certify(self, atoms: ase.Atoms) -> Certificate:
         """The certificate of the (first) model on `atoms`, as steps run it: differences to e3nn FP64, same weights."""
-        fast = _single_point(self._engines_for(atoms)[0], atoms) if self.runs_on_engine else None
-        return certify(self.models[0], None, atoms, head=self.head, fast=fast)
+        return certify(self.models[0], None, atoms, head=self.head, fast=self._first(atoms))
+
+    def check(self, atoms: ase.Atoms, certificate: Certificate) -> list[checks.Check]:
+        """Symmetries and derivatives of the (first) model on `atoms`, as steps run it, within the certificate's limits.
+
+        Energies and forces under translation, rotation and renumbering; forces and stress as derivatives; the energy
+        where a neighbour passes the cutoff.
+        """
+        return checks.run(self._first, atoms, float(self.models[0].r_max), certificate)
+
+    def _first(self, atoms: ase.Atoms) -> dict:
+        """Energy, forces and stress of the first model, as steps run it."""
+        if not self.runs_on_engine:
+            return single_point(self.models[0], atoms, head=self.head)
+        return _single_point(self._engines_for(atoms)[0], atoms)
 
 
 def _step(engine: Engine, atoms: ase.Atoms) -> Results:

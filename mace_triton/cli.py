@@ -1,4 +1,4 @@
-"""The command line: `mace-triton demo | md | info | bench | dev`."""
+"""The command line: `mace-triton demo | md | certify | info | bench | dev`."""
 
 from __future__ import annotations
 
@@ -126,6 +126,34 @@ def md(
         from .md import Options, run
 
         run(Options(**given), console)
+
+
+@app.command()
+def certify(
+    model: Annotated[str, typer.Argument(help="'water' (shipped), a .model file, or a foundation model's name.")],
+    structure: Annotated[Path, typer.Argument(help="Any file that ASE reads; its last frame.")],
+    precision: Annotated[str | None, typer.Option(help="fp64, fp32, tf32, bf16, fp16; default: the model's.")] = None,
+    head: Annotated[str | None, typer.Option(help="Of a model with several.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:N or cpu; default: a GPU if there is one.")] = None,
+) -> None:
+    """Energy, forces and stress against e3nn in FP64, derivatives and symmetries; exit code 1 if something fails."""
+    quiet()
+    with one_line_errors():
+        from .calculator import MACETritonCalculator, check_device
+        from .certify import check_structure
+        from .md import read_structure
+
+        atoms = read_structure(structure)
+        calculator = MACETritonCalculator(model, precision=precision, head=head, device=check_device(device))
+        check_structure(atoms, calculator.z_table.zs)
+        certificate = calculator.certify(atoms)
+        lines = [(certificate.passed, str(certificate))]
+        lines += [(check.passed, str(check)) for check in calculator.check(atoms, certificate)]
+    for passed, line in lines:
+        verdict = "[green]passed[/]" if passed else "[bold red]FAILED[/]"
+        console.print(f"{verdict} {line}", highlight=False, soft_wrap=True)
+    if not all(passed for passed, _ in lines):
+        raise typer.Exit(1)
 
 
 @app.command()

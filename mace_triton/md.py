@@ -142,10 +142,7 @@ def run(options: Options, console: Console) -> State:
 
 def read(options: Options) -> tuple[ase.Atoms, State]:
     """The structure (last frame of its file) and a fresh state, or both from the restart file."""
-    try:
-        atoms = ase.io.read(options.structure)
-    except Exception as error:  # every format of ASE fails in its own way
-        raise ValueError(f"{options.structure} is no structure that ASE can read ({error})") from error
+    atoms = read_structure(options.structure)
     if not options.resume:
         return atoms, State()
     with np.load(options.restart) as kept:
@@ -163,6 +160,14 @@ def read(options: Options) -> tuple[ase.Atoms, State]:
             raise ValueError(f"--resume: {path} is shorter than when {options.restart} was written")
         os.truncate(path, size)
     return atoms, state
+
+
+def read_structure(path: Path) -> ase.Atoms:
+    """The last frame of a file. Raises ValueError for one that ASE cannot read."""
+    try:
+        return ase.io.read(path)
+    except Exception as error:  # every format of ASE fails in its own way
+        raise ValueError(f"{path} is no structure that ASE can read ({error})") from error
 
 
 def integrator(atoms: ase.Atoms, state: State, options: Options) -> MolecularDynamics:

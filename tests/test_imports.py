@@ -27,7 +27,7 @@ BASE = (
     "reference_symmetric_contraction",
 )
 LEVELS = dict.fromkeys((*BASE, "kernels"), 0) | {"ops": 1, "nn": 2, "convert": 3}
-LEVELS |= dict.fromkeys(("models", "certify", "engine", "calculator"), 4)
+LEVELS |= dict.fromkeys(("models", "certify", "checks", "engine", "calculator"), 4)
 TOP = 5  # demo, cli, dev, bench_report, ...: nothing below may import them
 FILES = sorted([*(ROOT / "mace_triton").rglob("*.py"), *(ROOT / "kernels").glob("*.py")])
 
