@@ -8,6 +8,7 @@ median over steps; `gpu_ms` the sum of its kernels.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,10 +50,11 @@ class StepCase:
     def prepare(self, provider: str, precision: str, variant: str, device: torch.device, direction: str) -> Prepared:
         """Build calculator or model, gate its forces, set the step up."""
         key = (self.name, self.channels, self.elements, provider, precision, device)
-        begin = _langevin if direction == DIRECTIONS[0] else _torchsim
+        ase_face = direction == DIRECTIONS[0]
+        face, begin = (calculator(*key), _langevin) if ase_face else (torchsim_model(*key, variant), _torchsim)
         made = []
         # A CUDA graph keeps what it needs to itself, so the peak is that of the first steps, when it is recorded.
-        peak = timing.peak_mib(lambda: made.append(begin(self.structure(), variant, *key)), device)
+        peak = timing.peak_mib(lambda: made.append(begin(self.structure(), face, device)), device)
         forces, step, own = made[0]
         unit = REPEATED.get(self.atoms, (self.atoms,))[0]
         case = models.ModelCase(self.name, unit, self.channels, self.elements)
@@ -63,41 +65,39 @@ class StepCase:
         return Prepared({direction: [step]}, {}, {}, errors, kept)
 
 
-def _langevin(atoms: ase.Atoms, variant: str, *key) -> tuple[torch.Tensor, Callable[[], object], int]:
+def _langevin(atoms: ase.Atoms, face, device: torch.device) -> tuple[torch.Tensor, Callable[[], object], int]:
     """(forces of the structure, a step of ASE's Langevin dynamics, bytes that others held before)."""
-    atoms.calc = calculator(*key)
-    atoms.calc.engines = []
-    others = timing.free_memory(key[-1])
+    atoms.calc, face.engines = face, []
+    others = timing.free_memory(device)
     atoms.get_forces()
-    atoms.calc.results = {}  # ours runs on its engine from the second time on
+    face.results = {}  # ours runs on its engine from the second time on
     forces = torch.from_numpy(np.asarray(atoms.get_forces(), dtype=np.float64))
     return forces, _dynamics(atoms), others
 
 
-def _torchsim(atoms: ase.Atoms, variant: str, *key) -> tuple[torch.Tensor, Callable[[], object], int]:
-    """The same with torch-sim's models: the step evaluates a state whose atoms have moved a little."""
-    try:
-        import torch_sim
-    except ImportError as error:
-        raise providers.MissingProviderError("torch-sim is not installed") from error
-    model = torchsim_model(*key, variant)
-    model._engines = []
-    others = timing.free_memory(key[-1])
-    state = torch_sim.initialize_state(atoms, device=model.device, dtype=model.dtype)
+def _torchsim(atoms: ase.Atoms, face, device: torch.device) -> tuple[torch.Tensor, Callable[[], object], int]:
+    """The same with torch-sim's model: the step evaluates a state whose atoms have moved a little."""
+    import torch_sim
+
+    face._engines, face._last = [], None
+    others = timing.free_memory(device)
+    state = torch_sim.initialize_state(atoms, device=device, dtype=face.dtype)
     start, rng = state.positions.double(), np.random.default_rng(0)
     moves = [torch.tensor(rng.normal(0.0, 0.002, start.shape), device=start.device) for _ in range(8)]
     taken = itertools.count()
 
     def step():
-        state.positions = (start + moves[next(taken) % len(moves)]).to(model.dtype)
-        return model(state)
+        state.positions = (start + moves[next(taken) % len(moves)]).to(face.dtype)
+        return face(state)
 
-    return model(state)["forces"].double().cpu(), step, others
+    return face(state)["forces"].double().cpu(), step, others
 
 
 @lru_cache(maxsize=1)
 def torchsim_model(name: str, channels: int, elements: tuple, provider: str, precision: str, device, variant: str):
     """torch-sim's model of a provider; a conversion serves every size."""
+    if importlib.util.find_spec("torch_sim") is None:
+        raise providers.MissingProviderError("torch-sim is not installed")
     plain = models.mp_model(name, channels, elements)
     if provider == "mace_triton":
         from mace_triton.torchsim import MACETritonModel

@@ -20,7 +20,7 @@ PEERS = ("e3nn", "cueq", "oeq")
 OURS = "mace_triton"
 COLOURS = {"e3nn": "#9aa0a6", "cueq": "#4c8bf5", "oeq": "#f2a33a", OURS: "#d6336c"}
 PLOT_PRECISIONS = ("fp32", "bf16")
-IDENTITY = ("block", "case", "atoms", "channels", "direction", "provider", "precision", "variant", "kind")
+IDENTITY = ("block", "case", "atoms", "channels", "direction", "provider", "precision", "variant", "kind", "run")
 
 Row = dict[str, object]
 app = typer.Typer(help="Run the benchmarks, or write docs/benchmarks.md from their results.", no_args_is_help=True)
@@ -36,12 +36,18 @@ def load(folder: Path) -> list[tuple[Row, list[Row], list[Row]]]:
         try:
             document = json.loads(path.read_text())
             parts = document["sections"].values() if "sections" in document else [document]
-            runs += [(part["environment"], part["rows"], part.get("bars", [])) for part in parts]
+            runs += [(part["environment"], _of_run(part), part.get("bars", [])) for part in parts]
         except (json.JSONDecodeError, KeyError, AttributeError) as error:
             raise ValueError(f"results: {path} is no benchmark result ({error}); remove it or measure anew") from error
     if not runs:
         raise FileNotFoundError(f"results: no *.json in {folder}; run `mace-triton bench run` first")
     return sorted(runs, key=lambda run: str(run[0]["date"]))
+
+
+def _of_run(part: Row) -> list[Row]:
+    """The rows of a run. Steps keep its date: their ratios are of wall times, which only one run can compare."""
+    date = {"run": part["environment"]["date"]}
+    return [row | date if row.get("kind") == "md step" else row for row in part["rows"]]
 
 
 def by_card(runs) -> dict[str, list[tuple[Row, list[Row], list[Row]]]]:
@@ -216,17 +222,22 @@ SECTIONS = (
 
 def step_table(rows: list[Row]) -> Iterator[str]:
     """A step of molecular dynamics: what a user waits for, and what of it the GPU works; ratios are of wall times."""
-    walls = {(r["case"], r["atoms"], r["provider"]): r["wall_ms"] for r in rows if r["precision"] == "fp32" and _ok(r)}
+
+    def place(row: Row, provider: str) -> tuple:
+        return row.get("run"), row["case"], row["atoms"], row["direction"], provider
+
+    walls = {place(r, r["provider"]): r["wall_ms"] for r in rows if r["precision"] == "fp32" and _ok(r)}
     lines = []
     for row in rows:
         peers = [] if row["provider"] != OURS or not _ok(row) else PEERS
-        found = {peer: walls.get((row["case"], row["atoms"], peer)) for peer in peers}
+        found = {peer: walls.get(place(row, peer)) for peer in peers}
         ratios = ", ".join(f"{peer} {number(ms / row['wall_ms'])}x" for peer, ms in found.items() if ms)
-        figures = [number(row.get(key)) for key in ("wall_ms", "gpu_ms", "launches")] if _ok(row) else ["", "", ""]
+        keys = ("wall_ms", "gpu_ms", "launches", "peak_mib")
+        figures = [number(row.get(key)) for key in keys] if _ok(row) else [""] * len(keys)
         error = f"{row['error']:.0e}" if _ok(row) else f"{row['status']}: {row['reason']}"
         lines.append([*_name(row), str(row["direction"]), *figures, error, ratios])
-    head = ("model", "atoms", "provider", "precision", "what", "wall ms", "GPU ms", "launches", "error", "peer / ours")
-    yield from table(head, lines)
+    head = ("model", "atoms", "provider", "precision", "what", "wall ms", "GPU ms", "launches", "peak MiB", "error")
+    yield from table((*head, "peer / ours"), lines)
 
 
 def _ok(row: Row) -> bool:
@@ -234,7 +245,7 @@ def _ok(row: Row) -> bool:
 
 
 KINDS = {
-    "md step": ("Steps of molecular dynamics with ASE", step_table),
+    "md step": ("Steps of molecular dynamics, in ASE and on the device", step_table),
     "memory": ("Peak memory of whole models", memory_table),
     "first use": ("First use of a model, in a fresh process", first_use_table),
 }

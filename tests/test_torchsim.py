@@ -49,6 +49,21 @@ def test_batches_come_and_go(device, reference_path):
     assert len(ours._engines) == torchsim.ENGINES
 
 
+def test_atoms_that_change_in_place_are_noticed(device, reference_path):
+    plain = e3nn_model("mp-small", device)
+    ours = torchsim.MACETritonModel(plain, precision="fp64", device=device)
+    structures = boxes(2)
+    state = state_of(structures, device)
+    ours(state)
+    ours(state)
+    assert len(ours._engines) == 1
+    other = SMALL["elements"][0]
+    state.atomic_numbers[:2] = other
+    structures[0].numbers[:2] = other
+    want = mm.evaluate(plain, mm.batch_of(plain, structures))
+    close(ours(state)["energy"], want["energy"], EXACT, "energy")
+
+
 def test_results_are_the_callers(device, reference_path):
     """The next step must not change what an earlier one gave."""
     ours = torchsim.MACETritonModel(e3nn_model("mp-small", device), precision="fp64", device=device)
@@ -73,7 +88,8 @@ def test_runs_dynamics(device, reference_path):
     found = ours(final)
     close(found["forces"], final.forces, EXACT, "forces")
     close(found["energy"], final.energy, EXACT, "energy")
-    assert ours._engines[0][1].rebuilds == 1
+    assert len(ours._engines) == 1
+    assert ours._engines[0][1].rebuilds < 10  # of 22 steps, with atoms that start far from rest
 
 
 def test_bad_input_is_named(device, reference_path):

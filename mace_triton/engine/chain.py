@@ -190,9 +190,14 @@ def _matrix(module: IrrepsLinear) -> torch.Tensor:
 
 
 class _Layer:
-    """One interaction with its product. `constant`: the node features [N, C] of the first layer, made once."""
+    """One interaction with its product. `constant`: the node features [N, C] of the first layer, made once.
 
-    def __init__(self, inter, product, plan: SpeciesPlan, constant: torch.Tensor | None):
+    keeps: whether the weights of pairs stay from forward to backward; made anew they cost a few percent of a step, and
+    those of the last layer, which are needed at once, nothing.
+    """
+
+    def __init__(self, inter, product, plan: SpeciesPlan, constant: torch.Tensor | None, keeps: bool):
+        self.keeps = keeps
         self.residual, self.density = type(inter) in RESIDUAL, type(inter) in DENSITY
         self.up = _Map(inter.linear_up)
         self.last, self.conv = _LastLayer(inter.conv_tp_weights), inter.conv_tp.problem
@@ -214,8 +219,9 @@ class _Layer:
             self.x = self.up.forward(feats)
             self.shortcut = self.skip.forward(feats) if self.residual and self.uses_skip else None
         self.y, self.radial, self.edges = y, radial, edges
-        self.w = self.last.forward(radial[0][0])
-        message = channelwise_tp_pairs(self.conv, self.x, y, self.w, edges.row_ptr, edges.sender, edges.pair)
+        w = self.last.forward(radial[0][0])
+        message = channelwise_tp_pairs(self.conv, self.x, y, w, edges.row_ptr, edges.sender, edges.pair)
+        self.w = w if self.keeps else None
         message = self.linear.forward(message)
         if self.density:
             each = radial[1][0].index_select(0, edges.pair)
@@ -236,9 +242,10 @@ class _Layer:
             gtotal = -(gm * self.message).sum(1, keepdim=True) * self.share.square()
             gr += gtotal.index_select(0, edges.edge_index[1]) * self.radial[1][1].index_select(0, edges.pair)
             gm = gm * self.share
-        gm, d = self.linear.backward(gm), self.last.forward(self.radial[0][1])
+        h, slope = self.radial[0]
+        gm, w, d = self.linear.backward(gm), self.w if self.keeps else self.last.forward(h), self.last.forward(slope)
         order, wrt_x = (edges.row_ptr, edges.sender, edges.pair), not self.constant
-        gx = add_forces(self.conv, gm, self.x, self.y, self.w, d, gy, gr, *order, wrt_x=wrt_x)
+        gx = add_forces(self.conv, gm, self.x, self.y, w, d, gy, gr, *order, wrt_x=wrt_x)
         self.w = self.y = self.radial = self.edges = self.message = None
         if self.constant:
             return None
@@ -274,8 +281,9 @@ class Chain:
         scale, shift = _scale_shift(model, head)
         self.start = model.atomic_energies_fn(attrs)[:, head].double() + shift
         feats = model.node_embedding(attrs)
+        last = len(model.interactions) - 1
         pairs = zip(model.interactions, model.products, strict=True)
-        self.layers = [_Layer(*pair, plan, None if n else feats) for n, pair in enumerate(pairs)]
+        self.layers = [_Layer(*pair, plan, None if n else feats, n == last) for n, pair in enumerate(pairs)]
         found = [_Readout(module, head, heads, scale) for module in model.readouts]
         alone = len(found) == 1 and len(self.layers) > 1
         self.readouts = [None] * (len(self.layers) - 1) + found if alone else found

@@ -114,6 +114,7 @@ class Engine:
         systems = len(self.sizes)
         self._system = torch.arange(systems).repeat_interleave(torch.tensor(self.sizes)).to(self.device)
         self._reach = torch.empty(1, dtype=self.dtype, device=self.device)
+        self._per_volume = torch.empty(systems, 1, 1, dtype=torch.float64, device=self.device)
         self._got = torch.empty(systems + 4 * self.atoms + (9 * systems if stress else 0) + 2, **pinned)
 
     def _take_weights(self) -> None:
@@ -261,6 +262,8 @@ class Engine:
         """The cells of periodic systems; the others keep the box that MACE puts around them."""
         cells, whole = data["cell"].view(-1, 3, 3)[:-1], self.periodic.all(dim=1).to(self.device)
         cells.copy_(torch.where(whole[:, None, None], self.cells.to(self.dtype), cells))
+        volumes = torch.linalg.det(torch.where(whole[:, None, None], self.cells, cells.double())).abs()
+        self._per_volume.copy_(0.5 / volumes[:, None, None])
 
     def _run(self) -> None:
         """Evaluate the buffers: by the graph on a GPU, else one kernel after another."""
@@ -361,9 +364,7 @@ class Engine:
 
     def _stress(self, virial: torch.Tensor) -> torch.Tensor:
         """dE/dstrain [B, 3, 3] over the volume, symmetric."""
-        a, b, c = self._data["cell"].view(-1, 3, 3)[:-1].double().unbind(1)
-        volume = (torch.linalg.cross(a, b) * c).sum(1).abs()
-        return 0.5 * (virial + virial.transpose(1, 2)) / volume[:, None, None]
+        return (virial + virial.transpose(1, 2)) * self._per_volume
 
 
 def _like(given, buffer: torch.Tensor, name: str) -> torch.Tensor:
