@@ -1,4 +1,4 @@
-"""The command line: `mace-triton demo | md | certify | info | bench | dev`."""
+"""The command line: `mace-triton demo | md | certify | doctor | info | bench | dev`."""
 
 from __future__ import annotations
 
@@ -157,9 +157,36 @@ def certify(
 
 
 @app.command()
+def doctor(
+    model: Annotated[str, typer.Argument(help="'water' (shipped), a .model file, or a foundation model's name.")],
+    structure: Annotated[Path, typer.Argument(help="Any file that ASE reads; its last frame.")],
+    precision: Annotated[str | None, typer.Option(help="fp64, fp32, tf32, bf16, fp16; default: the model's.")] = None,
+    head: Annotated[str | None, typer.Option(help="Of a model with several.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, cuda:N or cpu; default: a GPU if there is one.")] = None,
+) -> None:
+    """This machine, block by block what runs the model, and what a step costs: host, GPU, launches, memory."""
+    quiet()
+    print_machine()
+    with one_line_errors():
+        from .calculator import MACETritonCalculator, check_device
+        from .certify import check_structure
+        from .doctor import diagnose, show
+        from .md import read_structure
+
+        atoms = read_structure(structure)
+        calculator = MACETritonCalculator(model, precision=precision, head=head, device=check_device(device))
+        check_structure(atoms, calculator.z_table.zs)
+        show(calculator.models[0], diagnose(calculator.models[0], atoms, calculator.head), console)
+
+
+@app.command()
 def info() -> None:
     """Versions, cards, which kernels run, and known traps on this machine."""
     quiet()
+    print_machine()
+
+
+def print_machine() -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in [*versions(), *machine()]:
         table.add_row(name, value)

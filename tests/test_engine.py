@@ -133,6 +133,20 @@ def test_without_a_skin_candidates_are_found_in_every_step(device, reference_pat
     assert found.rebuilds == 3
 
 
+def test_too_little_memory_says_what_would_fit(device, reference_path, monkeypatch):
+    atoms = mm.random_structures(SMALL["elements"], seed=6)[0]
+    card = type("Card", (), {"total_memory": 2**30})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    for name in ("mp-small", "nonlinear"):
+        found = Engine(fast_model(name, device), atoms)
+        monkeypatch.setattr(found, "_run", lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+        with pytest.raises(
+            torch.OutOfMemoryError, match="a step of 5 atoms with 128 edges|edges does not fit"
+        ) as raised:
+            found.step()
+        assert ("would fit" in str(raised.value)) == (name == "mp-small")
+
+
 def test_positions_that_are_not_finite_are_refused_and_forgotten(device, reference_path):
     atoms = mm.random_structures(SMALL["elements"], seed=6)[0]
     model, found = e3nn_model("mp-small", device), Engine(fast_model("mp-small", device), atoms)

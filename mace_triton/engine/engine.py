@@ -33,6 +33,7 @@ from ..ops.edge_filter import Candidates, Edges, edge_filter
 from ..reference_edge_filter import PAD
 from . import neighbours
 from .chain import Chain, uncovered
+from .memory import footprint
 
 ROOM = 1.02
 """How much larger than its content a bucket is made."""
@@ -131,7 +132,8 @@ class Engine:
     def step(self, positions=None, cells=None) -> Results:
         """Results at `positions` [N, 3] (angstrom) in `cells` [B, 3, 3], arrays or tensors; None: as they were.
 
-        Raises ValueError for another shape and for positions or cells that are not finite.
+        Raises ValueError for another shape and for positions or cells that are not finite, torch.OutOfMemoryError, with
+        what would fit, where the GPU's memory is too small.
         """
         self._take_weights()
         fresh = self._pairs is None
@@ -149,12 +151,26 @@ class Engine:
         if fresh:
             self._find()
         for _ in range(4):
-            self._run()
+            try:
+                self._run()
+            except torch.OutOfMemoryError as error:
+                raise torch.OutOfMemoryError(self._needs()) from error
             count, moved = self._got[-2:].tolist()
             if count <= self.capacity and not moved:
                 return self.results
             self._find(int(count))
         raise RuntimeError("the neighbours of this step do not settle; please report the structure")
+
+    def _needs(self) -> str:
+        """What a step would have needed, for whoever has too little memory."""
+        text = f"a step of {self.atoms} atoms with {self.capacity} edges does not fit into the GPU's memory"
+        if self.autograd_because:
+            return text
+        expected = footprint(self.model, self.atoms, self.capacity, self._listed)
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        largest = expected.largest(self.atoms, int(0.9 * memory))
+        takes = f"it takes about {expected.total / 2**30:.1f} GiB"
+        return f"{text}: {takes}; about {largest} atoms as dense as these would fit"
 
     def on_host(self) -> Results:
         """The results of the last step as arrays of their own."""
@@ -164,6 +180,16 @@ class Engine:
         )
         shaped = stress.reshape(systems, 3, 3) if self.stress else None
         return Results(energy, energies, forces.reshape(-1, 3), shaped)
+
+    @property
+    def edges(self) -> int:
+        """How many edges the last step had."""
+        return int(self._got[-2])
+
+    @property
+    def candidates(self) -> int:
+        """How many pairs are near enough to be edges until they are found anew."""
+        return self._listed
 
     def _find(self, room: int = 0) -> None:
         """Candidates for the positions as they are, and buffers for them, and for `room` edges, if these do not fit."""

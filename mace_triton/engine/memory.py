@@ -1,0 +1,61 @@
+"""How much device memory a step takes, from shapes alone, before anything is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..precision import TORCH_DTYPES, storage_for
+
+CANDIDATE_BYTES = 40
+"""Of a candidate: sender, twin, number, two vectors, a flag."""
+EDGE_NUMBERS = 43
+"""Of an edge: harmonics up to l = 3 and their gradient, vector, length and its gradient, two shifts."""
+EDGE_BYTES = 28
+"""Of an edge: sender and receiver, sender again, pair, candidate."""
+NODE_COPIES = 1.25
+"""Of features, messages and products of all layers together, gradients among them, at the peak."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a step: weights of edges, all else that grows with edges and atoms, and the model with its tables."""
+
+    weights: int
+    rest: int
+    model: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.rest + self.model
+
+    def largest(self, atoms: int, memory: int) -> int:
+        """How many atoms, as dense as these, fit into `memory` bytes."""
+        return max(0, int(atoms * (memory - self.model) / (self.weights + self.rest)))
+
+
+def footprint(model: torch.nn.Module, atoms: int, edges: int, candidates: int) -> Footprint:
+    """The peak of a step of an accelerated model that the engine writes out; an estimate, good to a tenth or so.
+
+    Last layer: its weights and their slopes, for pairs of edges. Other layers make theirs anew, one after another.
+    """
+    size, pairs, blocks = next(model.parameters()).element_size(), (edges + 1) // 2, list(model.interactions)
+    stored = [TORCH_DTYPES[storage_for(block.conv_tp.storage, block.conv_tp.output_mask.dtype)] for block in blocks]
+    widths = [block.conv_tp.weight_numel * dtype.itemsize for block, dtype in zip(blocks, stored, strict=True)]
+    hidden = sum(block.conv_tp_weights.layers[-1].weight.shape[0] for block in blocks)
+    nodes = sum(_node_numbers(block, product) for block, product in zip(blocks, model.products, strict=True))
+    rest = 2 * hidden * size * pairs + (EDGE_NUMBERS * size + EDGE_BYTES) * edges + CANDIDATE_BYTES * candidates
+    rest += int(NODE_COPIES * nodes * size) * atoms
+    own = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    return Footprint(2 * max(widths) * pairs, rest, own)
+
+
+def _node_numbers(block: torch.nn.Module, product: torch.nn.Module) -> int:
+    """Numbers of one layer's features, message, linear and result, of one node."""
+    return (
+        block.linear_up.problem.dim_out
+        + block.conv_tp.problem.dim_out
+        + block.linear.problem.dim_out
+        + (product.linear.problem.dim_out)
+    )
