@@ -13,7 +13,7 @@ import torch
 from mace.modules import blocks, models
 
 from ..nn.conv import ConvTP
-from ..nn.edge_embedding import EdgeRadial
+from ..nn.edge_embedding import EdgeHarmonics, EdgeRadial
 from ..nn.linear import IrrepsLinear
 from ..nn.radial_mlp import RadialNet
 from ..nn.species_linear import SpeciesLinear
@@ -53,6 +53,8 @@ def uncovered(model: torch.nn.Module, plan: SpeciesPlan | None) -> str:
         return "node attributes are not one-hot"
     if type(model.radial_embedding) is not EdgeRadial:  # whose functions are the same both ways
         return "radial_embedding is MACE's own"
+    if type(model.spherical_harmonics) is not EdgeHarmonics:
+        return "spherical_harmonics is MACE's own"
     if hasattr(model, "joint_embedding"):
         return "the model embeds charges or the like"
     for inter, product in zip(model.interactions, model.products, strict=True):
