@@ -67,6 +67,10 @@ class MACETritonCalculator(MACECalculator):
         self.engines: list[Engine] = []
         self._asked: tuple[np.ndarray, np.ndarray] | None = None
 
+    def __getstate__(self) -> dict:
+        """Engines stay behind: a CUDA graph can be neither copied nor pickled, and is made again when it is wanted."""
+        return self.__dict__ | {"engines": []}
+
     def calculate(self, atoms=None, properties=None, system_changes=all_changes):
         """Energy, forces and stress (eV, angstrom), and the energies of the atoms, as `MACECalculator` gives them."""
         if not self._engine_serves(atoms):

@@ -30,7 +30,7 @@ class MACETritonModel(ModelInterface):
     with several. device: "cuda", "cuda:1" or "cpu"; the default is a GPU if there is one. skin: angstrom beyond the
     cutoff in which neighbours are kept. compute_stress: whether stresses are given.
 
-    A batch of other atoms than before costs a second or two, for a CUDA graph of its own. Raises what
+    A batch of other atoms than before has a CUDA graph of its own, which takes a while to make. Raises what
     `MACETritonCalculator` raises.
     """
 
@@ -55,6 +55,10 @@ class MACETritonModel(ModelInterface):
         self.head, self.skin = head, skin
         self._engines: list[tuple[tuple[torch.Tensor, ...], Engine]] = []
         self._last: tuple | None = None
+
+    def __getstate__(self) -> dict:
+        """Engines stay behind: a CUDA graph can be neither copied nor pickled, and is made again when it is wanted."""
+        return self.__dict__ | {"_engines": [], "_last": None}
 
     def forward(self, state, **_) -> dict[str, torch.Tensor]:
         """{"energy" [B], "forces" [N, 3], "stress" [B, 3, 3]} of a `torch_sim.SimState`, in the model's dtype."""

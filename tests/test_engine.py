@@ -308,6 +308,19 @@ def test_calculator_leaves_to_mace_what_reads_more_than_atoms(device, reference_
     assert ours.engines == []
 
 
+def test_a_calculator_is_copied_without_its_engines(device, reference_path):
+    model = mm.build("mp-small", device=device, **SMALL)
+    atoms = mm.random_structures(SMALL["elements"], seed=12)[0]
+    ours = mt.MACETritonCalculator(model, precision="fp64", device=device.type)
+    for place in (atoms, moved([atoms], 0.05)[0]):
+        wanted = results_of(ours, place)["forces"]
+    again = copy.deepcopy(ours)
+    assert (len(ours.engines), again.engines) == (1, [])
+    again.results = {}
+    np.testing.assert_allclose(results_of(again, place)["forces"], wanted, rtol=0, atol=1e-10)
+    assert len(again.engines) == 1
+
+
 def test_certificate_of_a_calculator_is_of_what_it_runs(device, reference_path):
     """A wrong engine fails it, whatever the model's own forward gives."""
     model = mm.build("mp-small", device=device, **SMALL)

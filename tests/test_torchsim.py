@@ -1,5 +1,6 @@
 """The torch-sim model against plain MACE in FP64: batches of different sizes, batches that come back, dynamics."""
 
+import copy
 from types import SimpleNamespace
 
 import mace_models as mm
@@ -62,6 +63,15 @@ def test_atoms_that_change_in_place_are_noticed(device, reference_path):
     structures[0].numbers[:2] = other
     want = mm.evaluate(plain, mm.batch_of(plain, structures))
     close(ours(state)["energy"], want["energy"], EXACT, "energy")
+
+
+def test_a_model_is_copied_without_its_engines(device, reference_path):
+    ours = torchsim.MACETritonModel(e3nn_model("mp-small", device), precision="fp64", device=device)
+    structures = boxes(2)
+    wanted = ours(state_of(structures, device))
+    again = copy.deepcopy(ours)
+    assert (len(ours._engines), again._engines) == (1, [])
+    close(again(state_of(structures, device))["forces"], wanted["forces"], EXACT, "forces")
 
 
 def test_results_are_the_callers(device, reference_path):
