@@ -288,8 +288,8 @@ class Engine:
         """The cells of periodic systems; the others keep the box that MACE puts around them."""
         cells, whole = data["cell"].view(-1, 3, 3)[:-1], self.periodic.all(dim=1).to(self.device)
         cells.copy_(torch.where(whole[:, None, None], self.cells.to(self.dtype), cells))
-        volumes = torch.linalg.det(torch.where(whole[:, None, None], self.cells, cells.double())).abs()
-        self._per_volume.copy_(0.5 / volumes[:, None, None])
+        a, b, c = torch.where(whole[:, None, None], self.cells, cells.double()).unbind(1)
+        self._per_volume.copy_(0.5 / (torch.linalg.cross(a, b) * c).sum(1).abs()[:, None, None])
 
     def _run(self) -> None:
         """Evaluate the buffers: by the graph on a GPU, else one kernel after another."""
