@@ -65,7 +65,7 @@ class MACETritonCalculator(MACECalculator):
 
         self.skin = None if deterministic else skin
         self.engines: list[Engine] = []
-        self._asked: tuple[np.ndarray, np.ndarray] | None = None
+        self._asked: tuple[bytes, bytes] | None = None
 
     def __getstate__(self) -> dict:
         """Engines stay behind: a CUDA graph can be neither copied nor pickled, and is made again when it is wanted."""
@@ -96,15 +96,18 @@ class MACETritonCalculator(MACECalculator):
         return self.skin is not None and all(map(_reads_atoms_alone, self.models))
 
     def _engine_serves(self, atoms: ase.Atoms) -> bool:
-        """Whether this step runs on the engine. It takes a second to make one: not for structures asked for once."""
-        before, self._asked = self._asked, (atoms.numbers.copy(), atoms.pbc.copy())
-        again = before is not None and all(map(np.array_equal, before, self._asked))
-        made = bool(self.engines) and _alike(atoms, self.engines[0].structures[0])
-        return self.runs_on_engine and not self.compute_atomic_stresses and (again or made)
+        """Whether this step runs on the engine. One takes long to make: not for structures asked for once."""
+        before, self._asked = self._asked, _kind(atoms)
+        again = self._asked in (before, self._made_for())
+        return self.runs_on_engine and not self.compute_atomic_stresses and again
+
+    def _made_for(self) -> tuple[bytes, bytes] | None:
+        """The kind of atoms that the engines at hand serve."""
+        return _kind(self.engines[0].structures[0]) if self.engines else None
 
     def _engines_for(self, atoms: ase.Atoms) -> list[Engine]:
         """One for each model; those at hand if they were made for such atoms."""
-        if not self.engines or not _alike(atoms, self.engines[0].structures[0]):
+        if self._made_for() != _kind(atoms):
             self.engines = []  # their memory is free before new ones take some
             self.engines = [Engine(m, atoms.copy(), head=self.head, skin=self.skin) for m in self.models]
         return self.engines
@@ -147,9 +150,9 @@ def _single_point(engine: Engine, atoms: ase.Atoms) -> dict:
     return {"energy": float(results.energy[0]), "forces": results.forces} | stress
 
 
-def _alike(atoms: ase.Atoms, other: ase.Atoms) -> bool:
-    """Whether an engine made for `other` serves `atoms`: the same but for positions and cell."""
-    return np.array_equal(atoms.numbers, other.numbers) and np.array_equal(atoms.pbc, other.pbc)
+def _kind(atoms: ase.Atoms) -> tuple[bytes, bytes]:
+    """What an engine is made for: everything but positions and cell."""
+    return atoms.numbers.tobytes(), atoms.pbc.tobytes()
 
 
 def load(

@@ -206,11 +206,13 @@ class _Layer:
         self.linear = _Map(inter.linear, 1.0 if self.density else 1.0 / float(inter.avg_num_neighbors))
         self.skip = _SpeciesMap(inter.skip_tp, plan)
         self.contraction, self.out = _Contraction(product.symmetric_contractions, plan), _Map(product.linear)
-        self.uses_skip = product.use_sc
-        self.constant = constant is not None
+        self.shortened, self.constant = self.residual and product.use_sc, constant is not None
         if self.constant:
-            self.x = self.up.forward(constant)
-            self.shortcut = self.skip.forward(constant) if self.residual and self.uses_skip else None
+            self._take(constant)
+
+    def _take(self, feats: torch.Tensor) -> None:
+        """What message and shortcut read of the node features."""
+        self.x, self.shortcut = self.up.forward(feats), self.skip.forward(feats) if self.shortened else None
 
     def forward(self, feats: torch.Tensor, y: torch.Tensor, radial: list, edges: Edges) -> torch.Tensor:
         """Node features -> the next ones; radial: (hidden layer, its slope), and those of the density if there is one.
@@ -218,8 +220,7 @@ class _Layer:
         What the way back reads is kept until then.
         """
         if not self.constant:
-            self.x = self.up.forward(feats)
-            self.shortcut = self.skip.forward(feats) if self.residual and self.uses_skip else None
+            self._take(feats)
         self.y, self.radial, self.edges = y, radial, edges
         w = self.last.forward(radial[0][0])
         message = channelwise_tp_pairs(self.conv, self.x, y, w, edges.row_ptr, edges.sender, edges.pair)
@@ -232,7 +233,7 @@ class _Layer:
             message = message * self.share
         if not self.residual:
             message = self.skip.forward(message)
-        return self.out.forward(self.contraction.forward(message), self.shortcut if self.residual else None)
+        return self.out.forward(self.contraction.forward(message), self.shortcut)
 
     def backward(self, g: torch.Tensor, gy: torch.Tensor, gr: torch.Tensor) -> torch.Tensor | None:
         """Gradient of the result -> that of the features, None for constant ones; adds to those of y and lengths."""
@@ -252,7 +253,7 @@ class _Layer:
         if self.constant:
             return None
         gfeats = self.up.backward(gx)
-        return gfeats + self.skip.backward(g) if self.residual and self.uses_skip else gfeats
+        return gfeats + self.skip.backward(g) if self.shortened else gfeats
 
 
 class _Repulsion:
@@ -310,7 +311,8 @@ class Chain:
         if self.repulsion is not None:
             pair_energies, pull = self.repulsion(r, edges.edge_index)
             energies, gr = energies + pair_energies, gr.add_(pull)
-        radial = iter(self.radial(r.index_select(0, edges.edge_of), edges.edge_index.index_select(1, edges.edge_of)))
+        ends = edges.edge_index if self.radial.alike else edges.edge_index.index_select(1, edges.edge_of)
+        radial = iter(self.radial(r.index_select(0, edges.edge_of), ends))
         feats, slopes = None, []
         for layer, reader in zip(self.layers, self.readouts, strict=True):
             own = [next(radial) for _ in range(1 + layer.density)]

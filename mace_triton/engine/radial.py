@@ -13,6 +13,7 @@ import copy
 
 import torch
 
+from ..nn.radial_mlp import RadialNet
 from ..ops.radial_table import MAX_WIDTH, radial_table
 
 FINENESS = (8, 9, 10, 11)
@@ -32,18 +33,24 @@ def functions(embedding, networks: list, numbers, lengths, attrs, edge_index) ->
     features, cutoff = embedding(lengths, attrs, edge_index, numbers)
     found = []
     for network, what in networks:
-        if what == "hidden":
-            h = features
-            for layer in list(network._modules.values())[:-1]:
-                h = layer(h)
-        else:
-            h = torch.tanh(network(features) ** 2)
+        h = _hidden(network, features) if what == "hidden" else torch.tanh(network(features) ** 2)
         found.append(h if cutoff is None else h * cutoff)
     return found
 
 
+def _hidden(network: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What the last layer of a network, ours or e3nn's, reads."""
+    if isinstance(network, RadialNet):
+        return network.hidden(x)
+    for layer in list(network._modules.values())[:-1]:
+        x = layer(x)
+    return x
+
+
 class Network:
     """The functions by the model's own modules, their slopes by autograd of these few."""
+
+    alike = False
 
     def __init__(self, embedding: torch.nn.Module, networks: list, numbers: torch.Tensor, attrs: torch.Tensor):
         self.embedding, self.networks, self.numbers, self.attrs = embedding, networks, numbers, attrs
@@ -52,13 +59,8 @@ class Network:
     def __call__(self, r: torch.Tensor, edge_index: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(h, dh/dr) [P, H] of each function at r [P, 1] between the atoms edge_index [2, P]."""
         r = r.detach().requires_grad_(True)
-        features, cutoff = self.embedding(r, self.attrs, edge_index, self.numbers)
-        found = []
-        for network, what in self.networks:
-            h = network.hidden(features) if what == "hidden" else torch.tanh(network(features) ** 2)
-            h = h if cutoff is None else h * cutoff
-            found.append((h.detach(), slopes(h, r)))
-        return found
+        found = functions(self.embedding, self.networks, self.numbers, r, self.attrs, edge_index)
+        return [(h.detach(), slopes(h, r)) for h in found]
 
 
 def slopes(h: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
@@ -73,6 +75,8 @@ class Table:
 
     def __init__(self, tables: list[torch.Tensor], kind: torch.Tensor, per_angstrom: float):
         self.tables, self.kind, self.per_angstrom = tables, kind, per_angstrom
+        self.alike = tables[0].shape[0] == 1
+        """Whether all atoms are of one kind, so that nobody asks which an edge joins."""
 
     def __call__(self, r: torch.Tensor, edge_index: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(h, dh/dr) [P, H] of each function at r [P, 1] between the atoms edge_index [2, P]."""
