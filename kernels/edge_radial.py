@@ -18,7 +18,7 @@ import triton.language as tl
 
 from . import tiles
 from .edge_harmonics import edges_of, places, run
-from .products import exp
+from .products import exp, sum_products
 
 
 @triton.jit
@@ -174,13 +174,6 @@ def _radial(r_ptr, radius_ptr, index_ptr, basis_ptr, constants_ptr, edge, inside
     return f, f1, f2, c, c1 * moves, c2 * moves
 
 
-@triton.jit
-def _along(f, g, mask):
-    """Sum of f g over the features [BLOCK_E]. Masking the product keeps it out of a fused multiply-add, which would
-    round otherwise in each lane of a row, and all lanes write the row's sum."""
-    return tl.sum(tl.where(mask, f * g, 0.0), axis=1)
-
-
 @triton.jit(do_not_specialize=["n_edges"])
 def edge_radial_fwd_kernel(
     r_ptr,  # [n_edges]
@@ -229,7 +222,7 @@ def edge_radial_bwd_kernel(
     _, f1, _, _, c1, _ = _radial(r_ptr, radius_ptr, index_ptr, basis_ptr, constants_ptr, edge, inside, n_edges, width,
                                  BASIS, TRANSFORM, CUT, BLOCK_K)  # fmt: skip
     place, mask = places(edge, inside, width, BLOCK_K)
-    gr = _along(f1, tl.load(g_ptr + place, mask=mask, other=0.0), mask)
+    gr = sum_products(f1 * tl.load(g_ptr + place, mask=mask, other=0.0), mask, axis=1)
     if not CUT:
         gr += c1 * tl.load(gc_ptr + edge, mask=inside, other=0.0)
     tl.store(gr_ptr + edge, gr, mask=inside)
@@ -262,7 +255,7 @@ def edge_radial_bwd_bwd_kernel(
     place, mask = places(edge, inside, width, BLOCK_K)
     a = tl.load(a_ptr + edge, mask=inside, other=0.0)
     tl.store(dg_ptr + place, a[:, None] * f1, mask=mask)
-    dr = _along(f2, tl.load(g_ptr + place, mask=mask, other=0.0), mask)
+    dr = sum_products(f2 * tl.load(g_ptr + place, mask=mask, other=0.0), mask, axis=1)
     if not CUT:
         tl.store(dgc_ptr + edge, a * c1, mask=inside)
         dr += c2 * tl.load(gc_ptr + edge, mask=inside, other=0.0)

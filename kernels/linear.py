@@ -289,8 +289,8 @@ def forward(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """scale (alpha x W) + bias + residual: x [N, dim_in] contiguous -> [N, dim_out]. alpha is taken per group."""
-    if residual is None and linear_scalars.fits(problem, mode):
-        return linear_scalars.forward(problem, x, weight, bias, mode, scale, out_dtype)
+    if linear_scalars.fits(problem, mode):
+        return linear_scalars.forward(problem, x, weight, bias, residual, mode, scale, out_dtype)
     return _run_map(problem, False, x, weight, bias, residual, mode, scale).to(out_dtype)
 
 

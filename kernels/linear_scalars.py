@@ -1,6 +1,7 @@
 """A linear map of few scalars to many, on many rows: the radial network's last layer, [edges, 64] -> [edges, 1280].
 
-    out[n, w] = scale alpha sum_u x[n, u] W[u, w] + bias[w]          gx[n, u] = scale alpha sum_w g[n, w] W[u, w]
+    out[n, w] = scale alpha sum_u x[n, u] W[u, w] + bias[w] + residual[n, w]
+    gx[n, u] = scale alpha sum_w g[n, w] W[u, w]
 
 The work is to write out and to read g. Forward: a program keeps one block of columns of W and walks over the rows, so
 that W is rounded once and the rows' tiles are the only operands that move; the next one is asked for before the
@@ -92,11 +93,13 @@ def linear_scalars_fwd_kernel(
     x_ptr,  # [rows, K]
     w_ptr,  # [K, width], or [2, K, width]
     bias_ptr,  # [width]
+    residual_ptr,  # [rows, width]
     out_ptr,  # [rows, width], or its descriptor
     rows,
     width,
     scale,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     BULK: tl.constexpr,
     MODE: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -117,12 +120,14 @@ def linear_scalars_fwd_kernel(
         x = ahead
         if HAS_BIAS:
             acc += bias
+        row = first + tl.arange(0, BLOCK_M)
+        place = row.to(tl.int64)[:, None] * width + column[None, :]
+        mask = (row < rows)[:, None] & (column < width)[None, :]
+        if HAS_RESIDUAL:
+            acc += tl.load(residual_ptr + place, mask=mask, other=0.0)
         if BULK:
             out_ptr.store([first, first_column], acc.to(out_ptr.dtype))
         else:
-            row = first + tl.arange(0, BLOCK_M)
-            place = row.to(tl.int64)[:, None] * width + column[None, :]
-            mask = (row < rows)[:, None] & (column < width)[None, :]
             tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -211,8 +216,11 @@ def _constants(problem, mode: str, tile: tiles.Tile) -> dict:
     return {"MODE": mode, "INTERPRET": interpreting(), "K": problem.dim_in} | blocks | launch
 
 
-def forward(problem, x, weight, bias, mode: str, scale: float, out_dtype: torch.dtype) -> torch.Tensor:
-    """x [N, K] float32 contiguous -> [N, width] of out_dtype; weight [K width] in the operands' dtype, or `split`."""
+def forward(problem, x, weight, bias, residual, mode: str, scale: float, out_dtype: torch.dtype) -> torch.Tensor:
+    """x [N, K] float32 contiguous -> [N, width] of out_dtype; weight [K width] in the operands' dtype, or `split`.
+
+    bias [width], residual [N, width] or None, float32 and contiguous.
+    """
     rows, width = x.shape[0], problem.dim_out
     out = torch.empty(rows, width, dtype=out_dtype, device=x.device)
     if out.numel() == 0:
@@ -227,11 +235,13 @@ def forward(problem, x, weight, bias, mode: str, scale: float, out_dtype: torch.
             x,
             weight,
             x if bias is None else bias,
+            x if residual is None else residual,
             moved,
             rows,
             width,
             factor,
             HAS_BIAS=bias is not None,
+            HAS_RESIDUAL=residual is not None,
             BULK=moved is not out,
             **_constants(problem, mode, tile),
         )
@@ -264,14 +274,18 @@ def offline_cases(target: str = "sm_90") -> list:
             for stored in ("*fp32", low) if low != "*fp32" else (low,):
                 call = {"mode": mode, "narrow": narrow, "width": 1280, "rows": 129470}
                 tile = tiles.choose(f"linear_scalars_{op}", arch=target, **call)
-                pointers = {"x_ptr": "*fp32", "bias_ptr": "*fp32"} if op == "fwd" else {"gx_ptr": "*fp32"}
+                pointers = (
+                    dict.fromkeys(("x_ptr", "bias_ptr", "residual_ptr"), "*fp32")
+                    if op == "fwd"
+                    else {"gx_ptr": "*fp32"}
+                )
                 pointers["w_ptr"] = low
                 bulk = int(target[3:]) >= 90
                 moved = f"tensordesc<{stored[1:]}[{tile['BLOCK_M']},{tile['BLOCK_N']}]>" if bulk else stored
                 signature = pointers | {wide: moved, "rows": "i32", "width": "i32", "scale": "fp32"}
                 constants = {"BULK": bulk, "MODE": mode, "INTERPRET": False, "K": narrow}
                 constants |= {name: tile[name] for name in ("BLOCK_M", "BLOCK_N")}
-                constants |= {"HAS_BIAS": False} if op == "fwd" else {}
+                constants |= {"HAS_BIAS": False, "HAS_RESIDUAL": False} if op == "fwd" else {}
                 divisible = (*pointers, "width") if bulk else (*pointers, wide, "width")
                 launch = (constants, tile.num_warps, tile.num_stages, divisible)
                 title = f"linear_scalars_{op} {mode} {stored[1:]} from {narrow}"

@@ -139,6 +139,13 @@ def dot(a, b, acc, MODE: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def sum_products(product, mask, axis: tl.constexpr):
+    """Sum of a tile of products along an axis. Masking them keeps them out of fused multiply-adds: lanes that hold one
+    product each would round their sums differently, and all of them write the same result."""
+    return tl.sum(tl.where(mask, product, 0.0), axis=axis)
+
+
+@triton.jit
 def exp(x):
     """exp(x) to the last bits: 2^n 2^f with |f| <= 1/2, as the fast exponential of x itself would lose a bit for each
     doubling of x. In FP32 x is taken to lie in -87 .. 87, where neither the result nor its inverse over- or underflows.

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from . import tiles
+from .products import sum_products
 from .radial_mlp import sigmoid
 
 
@@ -41,7 +42,7 @@ def readout_kernel(
     x = tl.load(x_ptr + row, mask=inside[:, None] & (c < channels)[None, :], other=0.0)
     if LINEAR:
         w = tl.load(last_ptr + c, mask=c < channels, other=0.0)
-        e = tl.sum(x * w[None, :], axis=1)
+        e = sum_products(x * w[None, :], (c < channels)[None, :], axis=1)
         gx = tl.broadcast_to(w[None, :], x.shape)
     else:
         j = tl.arange(0, BLOCK_H)
@@ -49,11 +50,11 @@ def readout_kernel(
         v = tl.load(first_ptr + place, mask=(c < channels)[:, None] & (j < hidden)[None, :], other=0.0)
         w = tl.load(last_ptr + j, mask=j < hidden, other=0.0)  # [BLOCK_H]
         # Summed over the last axis: a sum over the middle one of x[:, :, None] v[None] becomes a product in TF32.
-        z = tl.sum(x[:, None, :] * v.T[None, :, :], axis=2)  # [BLOCK_N, BLOCK_H]
+        z = sum_products(x[:, None, :] * v.T[None, :, :], (c < channels)[None, None, :], axis=2)  # [BLOCK_N, BLOCK_H]
         s = sigmoid(z)
-        e = tl.sum(w[None, :] * z * s, axis=1)
+        e = sum_products(w[None, :] * z * s, (j < hidden)[None, :], axis=1)
         gz = w[None, :] * s * (1.0 + z * (1.0 - s))
-        gx = tl.sum(gz[:, None, :] * v[None, :, :], axis=2)  # [BLOCK_N, BLOCK_C]
+        gx = sum_products(gz[:, None, :] * v[None, :, :], (j < hidden)[None, None, :], axis=2)  # [BLOCK_N, BLOCK_C]
     tl.store(e_ptr + node, tl.load(before_ptr + node, mask=inside) + e.to(tl.float64), mask=inside)
     tl.store(gx_ptr + row, gx, mask=inside[:, None] & (c < channels)[None, :])
     for start in range(channels, dim, BLOCK_C):

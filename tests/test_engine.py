@@ -1,6 +1,7 @@
 """The engine against plain MACE in FP64, step after step: any cell, any family, buckets that overflow, moving atoms."""
 
 import copy
+import itertools
 
 import ase
 import mace_models as mm
@@ -209,19 +210,21 @@ def test_weights_that_change_are_noticed(device, reference_path):
 def test_policies_are_those_of_the_model(precision, device, reference_path):
     """As far from FP64 as the model's own forward: edges lie in another order here, and a rounding that falls the other
     way moves all that follows, so the two differ from each other by as much. Energies are added up in FP64."""
-    errors = {"engine": [], "model": []}
+    errors = {key: [] for key in itertools.product(("engine", "model"), ("forces", "energies"))}
     exact = e3nn_model("mp-medium", device, channels=64)
     fast = fast_model("mp-medium", device, precision, channels=64)
     for seed in range(4):
         atoms = mm.random_structures(SMALL["elements"], seed=seed, n_atoms=12)[0]
-        want = mm.evaluate(exact, mm.batch_of(exact, [atoms]))["forces"]
+        want, own = (mm.evaluate(model, mm.batch_of(model, [atoms])) for model in (exact, fast))
         got = Engine(fast, atoms).step()
-        errors["engine"].append(got.forces.double() - want)
-        errors["model"].append(mm.evaluate(fast, mm.batch_of(fast, [atoms]))["forces"].double() - want)
+        for ours, theirs in (("forces", "forces"), ("energies", "node_energy")):
+            errors["engine", ours].append(getattr(got, ours).double() - want[theirs])
+            errors["model", ours].append(own[theirs].double() - want[theirs])
         assert got.energy.dtype == torch.float64
         close(got.energy, got.energies.sum()[None], 1e-14, "energy")
-    engine, model = (rms(torch.cat(errors[key])) for key in ("engine", "model"))
-    assert model / 2 <= engine <= 2 * model
+    found = {key: rms(torch.cat(parts)) for key, parts in errors.items()}
+    assert found["model", "forces"] / 2 <= found["engine", "forces"] <= 2 * found["model", "forces"]
+    assert found["engine", "energies"] <= 2 * found["model", "energies"]
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

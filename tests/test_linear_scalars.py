@@ -5,6 +5,8 @@ The bound is that of test_linear.py, plus one rounding of the result to the type
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -54,15 +56,16 @@ def check(narrow: int, wide: int, rows: int, mode: str, stored: torch.dtype, dev
     problem, bias = problem_of(narrow, wide, True), torch.randn(wide, device=device, requires_grad=True)
     x = torch.randn(rows, narrow, device=device, requires_grad=True)
     weight = torch.randn(problem.weight_numel, device=device, requires_grad=True)
+    residual = torch.randn(rows, wide, device=device)
     g = torch.randn(rows, wide, device=device).to(stored)
     before = dispatch.calls.copy()
-    out = linear(problem, x, weight, mode=mode, bias=bias, scale=0.5, out_dtype=stored)
+    out = linear(problem, x, weight, mode=mode, bias=bias, residual=residual, scale=0.5, out_dtype=stored)
     gx, gw, gb = torch.autograd.grad(out, (x, weight, bias), g)
     assert {which for _, which in dispatch.calls - before} == {"triton"}
     assert (out.dtype, gx.dtype, gw.dtype, gb.dtype) == (stored, *(torch.float32,) * 3)
-    wide_x, wide_w, wide_b, wide_g = (t.detach().double() for t in (x, weight, bias, g))
-    exact = reference.linear(problem, wide_x, wide_w, "fp64", wide_b, None, 0.5)
-    magnitude = reference.linear(problem, wide_x.abs(), wide_w.abs(), "fp64", wide_b.abs(), None, 0.5)
+    wide_x, wide_w, wide_g, *added = (t.detach().double() for t in (x, weight, g, bias, residual))
+    exact = reference.linear(problem, wide_x, wide_w, "fp64", *added, 0.5)
+    magnitude = reference.linear(problem, wide_x.abs(), wide_w.abs(), "fp64", *(t.abs() for t in added), 0.5)
     assert_within(out, exact, magnitude, mode, narrow)
     for got, function, other, length in (
         (gx, reference.linear_grad_x, wide_w, wide),
@@ -95,10 +98,11 @@ def test_a_copy_of_the_weights_gives_the_same_bits(device, launched, monkeypatch
         copy = lowp_weight(weight, mode, problem)
         assert copy.ndim == (2 if mode == "tf32x3" else 1)
         pairs = []
-        for lowp in (None, copy):
-            out = linear(problem, x, weight, mode=mode, weight_lowp=lowp)
+        for lowp, residual in itertools.product((None, copy), (None, torch.ones(5, 128, device=device))):
+            out = linear(problem, x, weight, mode=mode, weight_lowp=lowp, residual=residual)
             pairs.append((out, *torch.autograd.grad(out.square().sum(), x)))
-        assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
+        for one, two in zip(pairs[:2], pairs[2:], strict=True):
+            assert all(map(torch.equal, one, two))
     monkeypatch.setattr(kernels, "split", lambda weight: pytest.fail("split again"))
     linear(problem, x, weight, mode="tf32x3", weight_lowp=lowp_weight(weight, "ieee").expand(2, -1).clone())
     general = problem_of(24, 128)
