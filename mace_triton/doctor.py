@@ -14,6 +14,7 @@ from rich.table import Table
 
 from .convert import report
 from .engine import Engine
+from .engine.engine import USABLE
 from .engine.memory import Footprint, footprint
 
 STEPS = 15
@@ -26,8 +27,9 @@ class Diagnosis:
     """A step of the engine: atoms, edges, how often what happened, milliseconds, bytes.
 
     wall: of a step with positions from the host, the median. gpu and launches: the sum of its kernels and their number,
-    None on a CPU. predicted: None for models that take MACE's own forward. peak: of device memory while the engine was
-    made and ran, None on a CPU. memory: of the device, None on a CPU.
+    None on a CPU. predicted: None for models that take MACE's own forward. shares: in how many the weights of edges are
+    made, 1 for all at once. peak: of device memory while the engine was made and ran, None on a CPU. memory: of the
+    device, None on a CPU.
     """
 
     atoms: int
@@ -38,6 +40,7 @@ class Diagnosis:
     launches: int | None
     because: str
     predicted: Footprint | None
+    shares: int
     peak: int | None
     memory: int | None
 
@@ -54,11 +57,12 @@ class Diagnosis:
             found.append(("of it the GPU", f"{self.gpu:.3f} ms in {self.launches} kernels and copies"))
             found.append(("of it the host", f"{max(self.wall - self.gpu, 0.0):.3f} ms"))
         if self.predicted is not None:
-            found.append(("predicted memory", _gib(self.predicted.total)))
+            how = f" ({self.shares} shares: too little for all weights at once)" if self.shares > 1 else ""
+            found.append(("predicted memory", _gib(self.predicted.in_shares(self.shares)) + how))
         if self.peak is not None:
             found.append(("peak memory", f"{_gib(self.peak)} of {_gib(self.memory)}"))
         if self.predicted is not None and self.memory is not None:
-            largest = self.predicted.largest(self.atoms, int(0.9 * self.memory))
+            largest = self.predicted.largest(self.atoms, int(USABLE * self.memory))
             found.append(("would fit", f"about {largest} atoms as dense as these"))
         return found
 
@@ -93,7 +97,8 @@ def diagnose(model: torch.nn.Module, atoms: ase.Atoms, head: str | None = None, 
     peak = torch.cuda.max_memory_allocated(device) - before if on_gpu else None
     memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else None
     wall = statistics.median(walls)
-    return Diagnosis(len(atoms), edges, first, wall, gpu, launches, engine.autograd_because, predicted, peak, memory)
+    how = engine.autograd_because, predicted, engine.shares
+    return Diagnosis(len(atoms), edges, first, wall, gpu, launches, *how, peak, memory)
 
 
 def _kernels(engine: Engine) -> tuple[float, int]:

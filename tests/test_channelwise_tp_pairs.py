@@ -93,8 +93,41 @@ def test_parts_add_up(budget, device):
         check(problem, DEGREES, torch.float64, device)
 
 
+def _stretches_add_up(device: torch.device) -> None:
+    """Some receivers at a time, with rows of weights of their own, as all at once; poison in the edges of others."""
+    problem, degrees = problem_of("medium"), [0, 3, 0, 0, 4, 2, 0]
+    row_ptr, sender, pair = edges_of(degrees, 6, device)
+    edges = len(sender)
+    given_ = operands(problem, 7, 7, edges, torch.float64, device)
+    x, y, g = given_["x"], given_["y"], given_["g"]
+    w, d = (torch.randn(6, problem.weight_numel, dtype=torch.float64, device=device) for _ in range(2))
+    want = channelwise_tp_pairs(problem, x, y, w, row_ptr, sender, pair)
+    want_sums = torch.zeros_like(y), y.new_zeros(edges, 1)
+    want_gx = add_forces(problem, g, x, y, w, d, *want_sums, row_ptr, sender, pair)
+    gx, sums = torch.zeros_like(x), (torch.zeros_like(y), y.new_zeros(edges, 1))
+    for first, last in ((0, 2), (2, 4), (4, 7)):
+        ptr = row_ptr[first : last + 1]
+        held = slice(int(ptr[0]), int(ptr[-1]))
+        rows, own = pair[held].long(), torch.full_like(pair, 0)
+        own[held] = torch.arange(len(rows), dtype=torch.int32, device=device)
+        there = y.new_full(y.shape, float("nan"))
+        there[held] = y[held]
+        mine, slope = (t[rows] if len(rows) else t[:1] for t in (w, d))
+        out = channelwise_tp_pairs(problem, x, there, mine, ptr, sender, own)
+        torch.testing.assert_close(out, want[first:last])
+        gx += add_forces(problem, g[first:last], x, there, mine, slope, *sums, ptr, sender, own)
+    torch.testing.assert_close(gx, want_gx)
+    for got, expected in zip(sums, want_sums, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_stretches_add_up(device):
+    _stretches_add_up(device)
+
+
 @pytest.mark.usefixtures("reference_path")
 def test_formulas_on_the_cpu():
+    _stretches_add_up(torch.device("cpu"))
     check(problem_of("medium"), DEGREES, torch.float64, torch.device("cpu"), backend="reference")
 
 

@@ -28,7 +28,8 @@ def test_figures_of_a_step(name, written_out, device):
     moved[1].set_cell(atoms.cell.array * 1.01, scale_atoms=True)
     most, least = (mm.batch_of(plain, [one])["edge_index"].shape[1] for one in moved)
     assert least <= found.edges <= most  # the last step's atoms are not quite where they were
-    assert 0 < found.wall < 1e3 * found.first
+    assert min(found.wall, found.first) > 0
+    assert found.shares == 1
     assert (found.because == "") == written_out == (found.predicted is not None)
     shown = dict(found.rows())
     assert ("would fit" in shown) == (written_out and device.type == "cuda")
@@ -50,10 +51,15 @@ def test_memory_follows_edges_atoms_and_storage(device):
 
 
 def test_largest_system():
-    found = Footprint(weights=600, rest=400, model=50)
-    assert found.total == 1050
-    assert found.largest(10, 1050) == 10
-    assert found.largest(10, 10050) == 100
+    found = Footprint(weights=600, apart=2560, rest=390, model=50)
+    assert found.total == found.in_shares(1) == 1040
+    assert found.shares(1040) == 1
+    for memory in (1039, 700, 460, 451, 10):
+        number = found.shares(memory)
+        assert number > 1
+        assert found.in_shares(number) <= max(memory, 450)
+    assert found.largest(10, 450) == 10
+    assert found.largest(10, 4050) == 100
     assert found.largest(10, 20) == 0
 
 

@@ -13,6 +13,7 @@ from test_mace_parity import EXACT, SMALL, close, e3nn_model, fast_model, rms
 
 import mace_triton as mt
 from mace_triton.engine import Engine, Results
+from mace_triton.engine.shares import Share, hold, shares
 from mace_triton.ops import dispatch
 
 pytestmark = pytest.mark.torchscript
@@ -65,6 +66,36 @@ def test_follows_mace(name, device, reference_path):
     assert found.captures == (1 if device.type == "cuda" else 0)
     check(found, model, moved(structures, 0.4), len(heads) - 1)
     assert found.rebuilds == 2
+
+
+@pytest.mark.parametrize("name", ["mp-large", "off-small", "agnostic", "density", "three-layers"])
+def test_too_little_memory_for_all_weights(name, device, reference_path):
+    """Weights are made in shares, however few receivers each has; idle atoms and moved ones change nothing."""
+    model, structures = e3nn_model(name, device), mm.random_structures(SMALL["elements"], seed=1)
+    found = Engine(fast_model(name, device), structures, memory=1, skin=0.6)
+    assert found.shares == 1  # until atoms are looked at
+    check(found, model, structures)
+    assert found.shares > 2
+    for by in (0.05, 0.4):
+        check(found, model, moved(structures, by))
+    assert found.rebuilds == 2
+    enough = Engine(fast_model(name, device), structures, memory=1 << 40)
+    check(enough, model, structures)
+    assert enough.shares == 1
+
+
+def test_shares_hold_all_receivers():
+    counts = torch.tensor([3, 0, 0, 9, 1, 40, 0, 0, 2, 2, 2, 2, 0, 7, 1, 0, 0])
+    ptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+    for number in (2, 3, 5, 256):
+        parts = shares(ptr, number)
+        assert 1 < len(parts) <= number
+        assert [part.last for part in parts[:-1]] == [part.first for part in parts[1:]]
+        assert (parts[0].first, parts[-1].last) == (0, len(counts))
+        assert all(part.first % 4 == 0 for part in parts)  # aligned to 16 bytes
+        assert hold(parts, ptr)
+        assert not hold(parts, 2 * ptr)
+    assert shares(ptr[:3], 9) == (Share(0, 2, 4),)
 
 
 @pytest.mark.parametrize("pbc", [(True, True, False), (False, False, True), (True, True, True), (False, False, False)])

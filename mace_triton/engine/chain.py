@@ -27,6 +27,7 @@ from ..ops.readout import fits, readout
 from ..ops.species import SpeciesPlan, one_species
 from ..precision import TORCH_DTYPES, storage_for
 from .radial import radial_of
+from .shares import Share
 
 OPS = torch.ops.mace_triton
 DENSITY = (blocks.RealAgnosticDensityInteractionBlock, blocks.RealAgnosticDensityResidualInteractionBlock)
@@ -195,11 +196,12 @@ class _Layer:
     """One interaction with its product. `constant`: the node features [N, C] of the first layer, made once.
 
     keeps: whether the weights of pairs stay from forward to backward; made anew they cost a few percent of a step, and
-    those of the last layer, which are needed at once, nothing.
+    those of the last layer, which are needed at once, nothing. parts: the shares of receivers whose weights are made
+    together, if not all are.
     """
 
-    def __init__(self, inter, product, plan: SpeciesPlan, constant: torch.Tensor | None, keeps: bool):
-        self.keeps = keeps
+    def __init__(self, inter, product, plan: SpeciesPlan, constant: torch.Tensor | None, keeps: bool, parts: tuple):
+        self.keeps, self.parts = keeps, parts
         self.residual, self.density = type(inter) in RESIDUAL, type(inter) in DENSITY
         self.up = _Map(inter.linear_up)
         self.last, self.conv = _LastLayer(inter.conv_tp_weights), inter.conv_tp.problem
@@ -222,10 +224,7 @@ class _Layer:
         if not self.constant:
             self._take(feats)
         self.y, self.radial, self.edges = y, radial, edges
-        w = self.last.forward(radial[0][0])
-        message = channelwise_tp_pairs(self.conv, self.x, y, w, edges.row_ptr, edges.sender, edges.pair)
-        self.w = w if self.keeps else None
-        message = self.linear.forward(message)
+        message = self._shared_messages() if self.parts else self._messages()
         if self.density:
             each = radial[1][0].index_select(0, edges.pair)
             total = torch.zeros_like(message[:, :1]).index_add_(0, edges.edge_index[1], each)
@@ -234,6 +233,42 @@ class _Layer:
         if not self.residual:
             message = self.skip.forward(message)
         return self.out.forward(self.contraction.forward(message), self.shortcut)
+
+    def _messages(self) -> torch.Tensor:
+        """[N, C]: what the receivers get, behind the linear map."""
+        edges, w = self.edges, self.last.forward(self.radial[0][0])
+        self.w = w if self.keeps else None
+        order = edges.row_ptr, edges.sender, edges.pair
+        return self.linear.forward(channelwise_tp_pairs(self.conv, self.x, self.y, w, *order))
+
+    def _shared_messages(self) -> torch.Tensor:
+        """The same, share by share; idle atoms, behind the last one, get nothing."""
+        found = []
+        for part in self.parts:
+            row_ptr, pair, rows = part.of(self.edges)
+            w = self.last.forward(self.radial[0][0].index_select(0, rows))
+            message = channelwise_tp_pairs(self.conv, self.x, self.y, w, row_ptr, self.edges.sender, pair)
+            found.append(self.linear.forward(message))
+        idle = self.x.shape[0] - self.parts[-1].last
+        return torch.cat((*found, found[0].new_zeros(idle, found[0].shape[1])))
+
+    def _spread(self, gm: torch.Tensor, gy: torch.Tensor, gr: torch.Tensor) -> torch.Tensor | None:
+        """The gradient gm [N, C] of the messages: to senders' x, which is returned, harmonics and lengths."""
+        edges, (h, slope) = self.edges, self.radial[0]
+        gm, w, d = self.linear.backward(gm), self.w if self.keeps else self.last.forward(h), self.last.forward(slope)
+        order = edges.row_ptr, edges.sender, edges.pair
+        return add_forces(self.conv, gm, self.x, self.y, w, d, gy, gr, *order, wrt_x=not self.constant)
+
+    def _spread_shared(self, gm: torch.Tensor, gy: torch.Tensor, gr: torch.Tensor) -> torch.Tensor | None:
+        """The same, share by share."""
+        gx = None
+        for part in self.parts:
+            row_ptr, pair, rows = part.of(self.edges)
+            w, d = (self.last.forward(t.index_select(0, rows)) for t in self.radial[0])
+            order, own = (row_ptr, self.edges.sender, pair), self.linear.backward(gm[part.first : part.last])
+            more = add_forces(self.conv, own, self.x, self.y, w, d, gy, gr, *order, wrt_x=not self.constant)
+            gx = more if gx is None else gx.add_(more)
+        return gx
 
     def backward(self, g: torch.Tensor, gy: torch.Tensor, gr: torch.Tensor) -> torch.Tensor | None:
         """Gradient of the result -> that of the features, None for constant ones; adds to those of y and lengths."""
@@ -245,10 +280,7 @@ class _Layer:
             gtotal = -(gm * self.message).sum(1, keepdim=True) * self.share.square()
             gr += gtotal.index_select(0, edges.edge_index[1]) * self.radial[1][1].index_select(0, edges.pair)
             gm = gm * self.share
-        h, slope = self.radial[0]
-        gm, w, d = self.linear.backward(gm), self.w if self.keeps else self.last.forward(h), self.last.forward(slope)
-        order, wrt_x = (edges.row_ptr, edges.sender, edges.pair), not self.constant
-        gx = add_forces(self.conv, gm, self.x, self.y, w, d, gy, gr, *order, wrt_x=wrt_x)
+        gx = (self._spread_shared if self.parts else self._spread)(gm, gy, gr)
         self.w = self.y = self.radial = self.edges = self.message = None
         if self.constant:
             return None
@@ -275,18 +307,27 @@ class Chain:
     """A model's energy and gradient for atoms whose species are known.
 
     model: one that `uncovered` has nothing against. data: MACE's input for the atoms; its edges are not read. head: the
-    number of the one in use.
+    number of the one in use. parts: shares of the atoms whose edges' weights are made together; none: all are.
     """
 
     @torch.no_grad()
-    def __init__(self, model: torch.nn.Module, data: dict[str, torch.Tensor], plan: SpeciesPlan, head: int):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        data: dict[str, torch.Tensor],
+        plan: SpeciesPlan,
+        head: int,
+        parts: tuple[Share, ...] = (),
+    ):
         attrs, heads = data["node_attrs"], len(getattr(model, "heads", None) or ["Default"])
         scale, shift = _scale_shift(model, head)
         self.start = model.atomic_energies_fn(attrs)[:, head].double() + shift
         feats = model.node_embedding(attrs)
         last = len(model.interactions) - 1
         pairs = zip(model.interactions, model.products, strict=True)
-        self.layers = [_Layer(*pair, plan, None if n else feats, n == last) for n, pair in enumerate(pairs)]
+        self.layers = [
+            _Layer(*pair, plan, None if n else feats, n == last and not parts, parts) for n, pair in enumerate(pairs)
+        ]
         found = [_Readout(module, head, heads, scale) for module in model.readouts]
         alone = len(found) == 1 and len(self.layers) > 1
         self.readouts = [None] * (len(self.layers) - 1) + found if alone else found

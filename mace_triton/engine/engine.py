@@ -34,9 +34,12 @@ from ..reference_edge_filter import PAD
 from . import neighbours
 from .chain import Chain, uncovered
 from .memory import footprint
+from .shares import Share, hold, shares
 
 ROOM = 1.02
 """How much larger than its content a bucket is made."""
+USABLE = 0.9
+"""Of the memory that is free; the rest is left to others and to gaps."""
 WARM_UP = 3
 """Evaluations before capture: TorchScript takes two to settle, and kernels compile in the first."""
 
@@ -69,7 +72,9 @@ class Engine:
     `ase.Atoms`; elements, periodicity and, in `atoms.info`, what the model reads beside the atoms stay as they are.
     head: of a model with several. stress: whether it is computed. skin: angstrom, how much longer than the cutoff the
     candidates are; atoms may go half of it before these are found anew. keys: MACE's specification of where charges and
-    the like lie in `atoms.info` and `atoms.arrays`; None: where MACECalculator looks for them.
+    the like lie in `atoms.info` and `atoms.arrays`; None: where MACECalculator looks for them. memory: bytes that a step
+    should do with; None: what the GPU has free. Where that is too little for the weights of all edges, they are made in
+    shares, which is slower.
 
     Weights of `model` that change between steps are noticed.
 
@@ -86,6 +91,7 @@ class Engine:
         stress: bool = True,
         skin: float = 1.0,
         keys: KeySpecification | None = None,
+        memory: int | None = None,
     ):
         self.structures = [structures] if isinstance(structures, ase.Atoms) else list(structures)
         if not self.structures:
@@ -106,7 +112,7 @@ class Engine:
         self._cells = np.array([atoms.cell.array for atoms in self.structures])
         self.cells = self._on_device(self._cells)
         self.rebuilds = self.captures = 0
-        self.capacity = 0
+        self.capacity, self._parts, self._memory = 0, (), memory
         self._graph = self._pairs = self._chain = None
         self.autograd_because = ""
         self._recording = self.device.type == "cuda"
@@ -168,8 +174,8 @@ class Engine:
             return text
         expected = footprint(self.model, self.atoms, self.capacity, self._listed)
         memory = torch.cuda.get_device_properties(self.device).total_memory
-        largest = expected.largest(self.atoms, int(0.9 * memory))
-        takes = f"it takes about {expected.total / 2**30:.1f} GiB"
+        largest = expected.largest(self.atoms, int(USABLE * memory))
+        takes = f"it takes about {expected.in_shares(self.shares) / 2**30:.1f} GiB"
         return f"{text}: {takes}; about {largest} atoms as dense as these would fit"
 
     def on_host(self) -> Results:
@@ -187,6 +193,11 @@ class Engine:
         return int(self._got[-2])
 
     @property
+    def shares(self) -> int:
+        """In how many shares the weights of edges are made; 1: all at once."""
+        return len(self._parts) or 1
+
+    @property
     def candidates(self) -> int:
         """How many pairs are near enough to be edges until they are found anew."""
         return self._listed
@@ -202,7 +213,7 @@ class Engine:
         self._listed = pairs.sender.shape[0]
         alone = int((pairs.twin == torch.arange(self._listed, device=self.device)).sum())
         full = self._pairs is None or self._listed > self._pairs.sender.shape[0] or near > self.capacity
-        if full or self._pair_places(alone) > self._twins:
+        if full or self._pair_places(alone) > self._twins or not hold(self._parts, pairs.ptr):
             self._allocate(pairs, near, alone)
         else:
             fitting = neighbours.padded(pairs, self._pairs.sender.shape[0], self.dtype)
@@ -249,7 +260,7 @@ class Engine:
 
     def _allocate(self, pairs: Candidates, near: int, alone: int) -> None:
         """Buffers with room for `near` edges out of these pairs; the graph that used the old ones is gone."""
-        self._graph = None
+        self._graph = self._chain = None
         self.capacity = max(bucket(near), self.capacity)
         self._twins = -(-self._pair_places(alone) // 128) * 128
         self.idle = max(1, -(-(self.capacity - near) // PAD))
@@ -260,7 +271,8 @@ class Engine:
         heads = list(getattr(self.model, "heads", None) or ["Default"])
         self.autograd_because = uncovered(self.model, self._species)
         if not self.autograd_because:
-            self._chain = Chain(self.model, self._data, self._species, heads.index(self.head))
+            self._parts = self._shared_out(pairs)
+            self._chain = Chain(self.model, self._data, self._species, heads.index(self.head), self._parts)
         self._was = self._data["positions"].clone()
         heads = self._data["head"][self._data["batch"]]
         e0 = self.model.atomic_energies_fn(self._data["node_attrs"]).gather(1, heads[:, None])
@@ -270,16 +282,29 @@ class Engine:
         places[places >= starts[1:, None]] = self.atoms  # where a zero stands
         self._places = torch.tensor(places, device=self.device)
 
+    def _shared_out(self, pairs: Candidates) -> tuple[Share, ...]:
+        """The shares in which weights are made; none where memory is enough for all of them."""
+        memory = self._memory
+        if memory is None:
+            if self.device.type != "cuda":
+                return ()
+            own = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            memory = int(USABLE * (torch.cuda.mem_get_info(self.device)[0] + own))
+        number = footprint(self.model, self.atoms, self.capacity, self._listed).shares(memory)
+        return shares(pairs.ptr, number) if number > 1 else ()
+
     def _batch(self) -> dict[str, torch.Tensor]:
         """MACE's input for the structures and the idle atoms behind them; the edges are not those of a step."""
-        far = 10.0 * self.cutoff * np.arange(self.idle)[:, None] * np.eye(3)[:1]
-        idle = ase.Atoms(np.full(self.idle, self.structures[0].numbers[0]), far)
+        row = 3.0 * self.cutoff * np.array([self.idle, 1, 1])  # periodic: in the open MACE searches a box far larger
+        far = np.linspace(0.0, 1.0, self.idle, endpoint=False)[:, None] * row * np.eye(3)[0]
+        idle = ase.Atoms(np.full(self.idle, self.structures[0].numbers[0]), far, cell=row, pbc=True)
         idle.info.update(self.structures[0].info)
         systems = (*self.structures, idle)
         graphs = [graph_of(self.model, atoms, self.head, self.dtype, self.keys) for atoms in systems]
         data = torch_geometric.Batch.from_data_list(graphs).to(self.device).to_dict()
         data = {key: value for key, value in data.items() if torch.is_tensor(value)}
         data = {key: value.to(self.dtype) if value.is_floating_point() else value for key, value in data.items()}
+        data["pbc"].view(-1, 3)[-1] = False
         data["cell"].view(-1, 3, 3)[-1] = 3.0 * self.cutoff * torch.eye(3, device=self.device)
         self._set_cells(data)
         return data

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..precision import TORCH_DTYPES, storage_for
+from .shares import ROOM as SHARE_ROOM
 
 CANDIDATE_BYTES = 40
 """Of a candidate: sender, twin, number, two vectors, a flag."""
@@ -18,11 +19,18 @@ NODE_COPIES = 1.25
 """Of features, messages and products of all layers together, gradients among them, at the peak."""
 
 
+MOST = 256
+"""Shares beyond which more of them save nothing."""
+
+
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a step: weights of edges, all else that grows with edges and atoms, and the model with its tables."""
+    """Bytes of a step: weights of all edges, in pairs; the same without pairs and for all candidates, of which a share
+    at a time will do; all else that grows with edges and atoms; the model with its tables.
+    """
 
     weights: int
+    apart: int
     rest: int
     model: int
 
@@ -30,9 +38,20 @@ class Footprint:
     def total(self) -> int:
         return self.weights + self.rest + self.model
 
+    def shares(self, memory: int) -> int:
+        """In how many shares weights must be made for a step to fit into `memory` bytes; 1: all at once."""
+        if self.total <= memory:
+            return 1
+        left = max(memory - self.rest - self.model, 1)
+        return min(MOST, max(2, -(-self.apart // left)))
+
+    def in_shares(self, number: int) -> int:
+        """Bytes of a step whose weights are made in so many shares."""
+        return self.total if number == 1 else self.apart // number + self.rest + self.model
+
     def largest(self, atoms: int, memory: int) -> int:
-        """How many atoms, as dense as these, fit into `memory` bytes."""
-        return max(0, int(atoms * (memory - self.model) / (self.weights + self.rest)))
+        """How many atoms, as dense as these, fit into `memory` bytes, in as many shares as it takes."""
+        return max(0, int(atoms * (memory - self.model) / (self.apart / MOST + self.rest)))
 
 
 def footprint(model: torch.nn.Module, atoms: int, edges: int, candidates: int) -> Footprint:
@@ -48,7 +67,7 @@ def footprint(model: torch.nn.Module, atoms: int, edges: int, candidates: int) -
     rest = 2 * hidden * size * pairs + (EDGE_NUMBERS * size + EDGE_BYTES) * edges + CANDIDATE_BYTES * candidates
     rest += int(NODE_COPIES * nodes * size) * atoms
     own = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    return Footprint(2 * max(widths) * pairs, rest, own)
+    return Footprint(2 * max(widths) * pairs, int(2 * max(widths) * SHARE_ROOM * candidates), rest, own)
 
 
 def _node_numbers(block: torch.nn.Module, product: torch.nn.Module) -> int:

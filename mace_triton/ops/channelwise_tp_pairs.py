@@ -22,9 +22,11 @@ def _plan(row_ptr: Tensor, sender: Tensor, pair: Tensor, n_in: int) -> GraphPlan
     return GraphPlan(sender[:0], row_ptr, pair, sender, sender[:0], sender[:0], n_in)
 
 
-def _edge_index(row_ptr: Tensor, sender: Tensor) -> Tensor:
-    receiver = torch.repeat_interleave(row_ptr.diff().long(), output_size=sender.shape[0])
-    return torch.stack((sender.long(), receiver))
+def _rows(row_ptr: Tensor, sender: Tensor) -> tuple[slice, Tensor]:
+    """Which edges the rows hold, and their edge_index."""
+    held = slice(int(row_ptr[0]), int(row_ptr[-1]))
+    receiver = torch.repeat_interleave(row_ptr.diff().long())
+    return held, torch.stack((sender[held].long(), receiver))
 
 
 @torch.library.custom_op("mace_triton::channelwise_tp_pairs", mutates_args=())
@@ -32,8 +34,8 @@ def _fwd(x: Tensor, y: Tensor, w: Tensor, row_ptr: Tensor, sender: Tensor, pair:
     spec, which = ChannelwiseTPProblem.from_key(problem), dispatch.backend(x)
     dispatch.count("channelwise_tp_pairs_fwd", which)
     if which == "reference":
-        edge_index = _edge_index(row_ptr, sender)
-        return reference.channelwise_tp_fwd(spec, x, y, w[pair.long()], edge_index, row_ptr.shape[0] - 1)
+        held, edge_index = _rows(row_ptr, sender)
+        return reference.channelwise_tp_fwd(spec, x, y[held], w[pair[held].long()], edge_index, row_ptr.shape[0] - 1)
     from ..kernels import channelwise_tp as kernels
 
     tensors = (t.contiguous() for t in (x, y, w))
@@ -63,10 +65,11 @@ def _bwd(
     spec, which = ChannelwiseTPProblem.from_key(problem), dispatch.backend(x)
     dispatch.count("channelwise_tp_pairs_bwd", which)
     if which == "reference":
-        rows = pair.long()
-        gx, own, gw = reference.channelwise_tp_bwd(spec, g, x, y, w.to(x.dtype)[rows], _edge_index(row_ptr, sender))
-        gy += own
-        gr += (gw * d[rows]).sum(1, keepdim=True)
+        held, edge_index = _rows(row_ptr, sender)
+        rows = pair[held].long()
+        gx, own, gw = reference.channelwise_tp_bwd(spec, g, x, y[held], w.to(x.dtype)[rows], edge_index)
+        gy[held] += own
+        gr[held] += (gw * d[rows]).sum(1, keepdim=True)
     else:
         from ..kernels import channelwise_tp as kernels
 
@@ -106,7 +109,8 @@ def channelwise_tp_pairs(
 
     x [N_in, problem.dim_in1] and y [E, problem.dim_in2], float64 or float32 alike; w [P, problem.weight_numel] in x's
     dtype, or 16 bits beside float32. The edges lie sorted by receiver: row_ptr [N + 1], sender [E] and pair [E] int32,
-    as `edge_filter` gives them, whose range is not checked.
+    as `edge_filter` gives them, whose range is not checked. row_ptr may be a stretch of the receivers': edges of others
+    are left out.
 
     Raises ValueError (shape, device) or TypeError (dtype) naming the argument.
     """
