@@ -245,10 +245,20 @@ def compile_(section: Section) -> None:
             section.bar(f"first use {name}, plain e3nn: seconds", lambda row=row: _seconds(row))
 
 
-def _first_use(section: Section, cache: Path, name: str, provider: str, state: str) -> Row:
-    row = measure.describe(measure.Spec(models.ModelCase(name, 192), provider, "fp32", "first use", state))
+def first(section: Section) -> None:
+    """First step of an engine in a fresh process: without and with a warm Triton cache."""
+    for name in ("medium", "large"):
+        with tempfile.TemporaryDirectory() as cache:
+            for state, most in (("cold", 20.0), ("warm", 3.0)):
+                row = _first_use(section, Path(cache), name, OURS, state, "step")
+                section.bar(f"first step {name}, {state}: seconds", lambda row=row: _seconds(row), most=most)
+
+
+def _first_use(section: Section, cache: Path, name: str, provider: str, state: str, what: str = "model") -> Row:
+    direction = {"model": "first use", "step": "first step"}[what]
+    row = measure.describe(measure.Spec(models.ModelCase(name, 192), provider, "fp32", direction, state))
     row["kind"] = "first use"
-    return section.add(measure.guarded(row, lambda: first_use.in_fresh_process(cache, name, 192, provider)))
+    return section.add(measure.guarded(row, lambda: first_use.in_fresh_process(cache, name, 192, provider, what=what)))
 
 
 def _seconds(row: Row) -> float:
@@ -310,7 +320,7 @@ def engine(section: Section) -> None:
                 _of_step(section, name, ours[atoms], peer, precision, most, "gpu_ms", "GPU time")
             _of_step(section, name, ours[atoms], peer, "fp32", 0.5, "peak_mib", "peak memory")
         for atoms in (24, 192):
-            for key, most in (("gpu_ms", 1.0), ("launches", 60)):
+            for key, most in (("gpu_ms", 1.0), ("nodes", 60), ("launches", None)):
                 value = functools.partial(section.value, key, ours[atoms], direction, OURS, "fp32")
                 section.bar(f"engine {name} {atoms}, fp32: {key}", value, most=most)
         _per_atom(section, name, ours, direction)
@@ -347,6 +357,7 @@ SECTIONS: dict[str, Callable[[Section], None]] = {
     "training": training,
     "memory": memory,
     "compile": compile_,
+    "first": first,
     "steps": steps,
     "graphs": graphs,
     "engine": engine,

@@ -1,7 +1,7 @@
 """How long the first use of a model takes: `python -m bench.first_use` in a fresh process prints one line of JSON.
 
-The clock runs from accelerate() to the end of the first energy and forces. Imports, the device's context and the
-making of the e3nn model lie before it: any provider pays for them.
+The clock runs from accelerate() to the end of the first energy and forces, of the model or of an engine (`--what
+step`). Imports, the device's context and the making of the e3nn model lie before it: any provider pays for them.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import sys
 import time
 from pathlib import Path
 
+import ase
 import torch
 
-from . import models, providers, timing
+from . import models, providers, structures, timing
 from .rows import Row
 
 
@@ -42,8 +43,33 @@ def first_use(name: str, atoms: int, provider: str, precision: str, channels: in
     return {"convert_s": convert, "first_call_s": first, "second_call_s": second, "seconds": convert + first}
 
 
+def first_step(name: str, atoms: int, provider: str, precision: str, channels: int, device: torch.device) -> Row:
+    """The same for an engine, which only we have; the first call makes it and takes its first step."""
+    from mace_triton import Engine, accelerate
+
+    if provider != "mace_triton":
+        raise ValueError(f"provider {provider!r} has no engine")
+    numbers, positions, cell = structures.water(atoms)
+    water = ase.Atoms(numbers, positions, cell=cell, pbc=True)
+    plain = models.mp_model(name, channels).to(device)
+    timing.synchronize(device)
+    marks = [time.perf_counter()]
+    fast = accelerate(plain, precision)
+    marks.append(time.perf_counter())
+    engine = Engine(fast, water)
+    engine.step()
+    marks.append(time.perf_counter())
+    engine.step(positions + 0.01)
+    marks.append(time.perf_counter())
+    convert, first, second = (b - a for a, b in itertools.pairwise(marks))
+    return {"convert_s": convert, "first_call_s": first, "second_call_s": second, "seconds": convert + first}
+
+
+WHAT = {"model": first_use, "step": first_step}
+
+
 def in_fresh_process(cache: Path, name: str, atoms: int, provider: str, precision: str = "fp32", **options) -> Row:
-    """Run `first_use` in a new process whose Triton cache is the folder `cache`.
+    """Run `first_use`, or with what="step" `first_step`, in a new process whose Triton cache is the folder `cache`.
 
     Raises RuntimeError with the end of its error output when it fails.
     """
@@ -63,9 +89,10 @@ def main() -> None:
     parser.add_argument("--provider", default="mace_triton", choices=providers.NAMES)
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--channels", type=int, default=128)
+    parser.add_argument("--what", default="model", choices=sorted(WHAT))
     a = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(json.dumps(first_use(a.model, a.atoms, a.provider, a.precision, a.channels, device)))
+    print(json.dumps(WHAT[a.what](a.model, a.atoms, a.provider, a.precision, a.channels, device)))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 "Langevin step": ASE's Langevin dynamics with MACECalculator, the face of e3nn and cuEquivariance, or with ours.
 "torch-sim step": what torch-sim asks of its model in every step, energy, forces and stress of a state; MACE's own model
 for it, plain or compiled with CUDA graphs (variant "reduce-overhead"), or ours. `wall_ms` is what a step takes, the
-median over steps; `gpu_ms` the sum of its kernels.
+median over steps; `gpu_ms` the sum of its kernels, `nodes` their number in our CUDA graph.
 """
 
 from __future__ import annotations
@@ -68,7 +68,16 @@ class StepCase:
         wanted = expected["forces"].double().repeat(self.atoms // unit, 1)
         errors = blocks.gate({"forces": forces}, {"forces": wanted}, {"forces": models.TOLERANCE[precision]})
         kept = {"reference": extra, "peak_mib": None if peak is None else peak - own / 2**20}
+        if provider == "mace_triton":
+            kept["nodes"] = _nodes(face.engines if ase_face else [engine for _, engine in face._engines], device)
         return Prepared({direction: [step]}, {}, {}, errors, kept)
+
+
+def _nodes(engines: list, device: torch.device) -> int | None:
+    """Kernels and copies in the engines' CUDA graphs; None on a CPU."""
+    recorded = [engine._graph.replay for engine in engines if engine._graph is not None]
+    found = timing.profile(recorded, device) if recorded else None
+    return None if found is None else len(recorded) * found.launches
 
 
 def _langevin(atoms: ase.Atoms, face, device: torch.device) -> tuple[torch.Tensor, Callable[[], object], int]:

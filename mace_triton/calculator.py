@@ -34,9 +34,9 @@ class MACETritonCalculator(MACECalculator):
     name of a foundation model (fetched by MACE's own loader), a MACE module, or a list of any of these (a committee).
     precision: "fp64", "fp32", "tf32", "bf16", "fp16" or a `Precision`; None keeps the model's own.
     head: which head of a model with several. device: "cuda", "cuda:1" or "cpu"; the default is a GPU if there is one.
-    deterministic: the same bits on every run. skin: from the second time on that the same atoms are asked for, as in
-    molecular dynamics, steps run on `Engine`, with neighbours looked for this much (angstrom) beyond the cutoff. None
-    leaves each step to MACECalculator, as do deterministic=True and models that read more than atoms and cell. Other
+    deterministic: the same bits on every run, for more time. skin: from the second time on that the same atoms are
+    asked for, as in molecular dynamics, steps run on `Engine`, with neighbours looked for this much (angstrom) beyond
+    the cutoff. None leaves each step to MACECalculator, as do models that read more than atoms and cell. Other
     arguments go to `MACECalculator`.
 
     Raises FileNotFoundError for a file that is not there, ValueError or TypeError for what is no MACE model, an unknown
@@ -63,7 +63,7 @@ class MACETritonCalculator(MACECalculator):
         dtype = str(next(models[0].parameters()).dtype).removeprefix("torch.")
         super().__init__(models=models, device=device, default_dtype=dtype, head=head, **kwargs)
 
-        self.skin = None if deterministic else skin
+        self.skin = skin
         self.engines: list[Engine] = []
         self._asked: tuple[bytes, bytes] | None = None
 

@@ -117,6 +117,7 @@ def md(
     head: Annotated[str | None, typer.Option(help="Of a model with several.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, cuda:N or cpu; default: a GPU if there is one.")] = None,
     skin: Annotated[float, typer.Option(help="Angstrom beyond the cutoff in which neighbours are kept.")] = 1.0,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="The same bits on every run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Run although the certificate failed.")] = False,
 ) -> None:
     """Molecular dynamics of a structure, after a certificate against e3nn in FP64."""

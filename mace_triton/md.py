@@ -62,6 +62,7 @@ class Options:
     head: str | None = None
     device: str | None = None
     skin: float = 1.0
+    deterministic: bool = False
     force: bool = False
 
     @property
@@ -122,7 +123,12 @@ def run(options: Options, console: Console) -> State:
     atoms, state = read(options)
     console.print(where(device), highlight=False)
     calculator = MACETritonCalculator(
-        options.model, precision=options.precision, head=options.head, device=device, skin=options.skin
+        options.model,
+        precision=options.precision,
+        head=options.head,
+        device=device,
+        deterministic=options.deterministic,
+        skin=options.skin,
     )
     check_structure(atoms, calculator.z_table.zs)
     if options.ensemble == "npt" and not atoms.pbc.all():

@@ -18,6 +18,7 @@ from bench import (
     blocks,
     edge_block,
     first_use,
+    long_run,
     measure,
     models,
     providers,
@@ -364,6 +365,50 @@ def test_bars_keep_other_sections_and_go_on_after_a_failure(tmp_path, monkeypatc
     found = bars.run(["conv", "model"], path, CPU)
     assert [bar["verdict"] for bar in found] == ["not measured", "pass"]
     assert set(json.loads(path.read_text())["sections"]) == {"linear", "conv", "model"}
+
+
+def test_first_step_times_conversion_and_engine():
+    found = first_use.first_step("small", 24, "mace_triton", "fp32", 2, CPU)
+    assert found["seconds"] == found["convert_s"] + found["first_call_s"]
+    assert min(found.values()) > 0
+    with pytest.raises(ValueError, match="has no engine"):
+        first_use.first_step("small", 24, "e3nn", "fp32", 2, CPU)
+
+
+@pytest.mark.parametrize("run", [long_run.Run("nve", 2), long_run.Run("nvt", 2, True)])
+def test_a_long_run_reports_what_it_did(run, monkeypatch):
+    for name, value in (("RELAX", 1), ("EQUILIBRATE", 2), ("EVERY", 2)):
+        monkeypatch.setattr(long_run, name, value)
+    found = long_run.long_run(run, 5, "cpu")
+    assert (found["steps"], found["atoms"], found["finite"]) == (5, 24, True)
+    assert found["rebuilds"] >= 1
+    assert found["memory_bytes"]["end"]["host"] >= found["memory_bytes"]["start"]["host"] > 0
+    again = long_run.long_run(run, 5, "cpu")
+    assert long_run.same_bits([row | {"status": "ok"} for row in (found, again)]) == (
+        True if run.deterministic else None
+    )
+    assert long_run.long_run(run, 5, "cpu", seconds=0.0)["steps"] == 0
+
+
+def test_drift_and_temperature_of_known_samples():
+    step = 1e-6 * long_run.TIME_STEP * long_run.EVERY  # ns
+    count = np.arange(200)
+    energy = 7.0 + 24 * 1e-3 * (3.0 * step * count + 0.01 * (-1.0) ** count)  # 3 meV an atom and ns, and a scatter
+    samples = np.stack((energy, 300 + 5 * (-1.0) ** count, np.ones(200)), axis=1)
+    found = long_run._figures(samples, 24)
+    assert found["drift_meV_per_atom_ns"] == pytest.approx(3.0, rel=0.03)  # the scatter itself leans a little
+    assert found["scatter_meV_per_atom"] == pytest.approx(0.01, rel=0.02)
+    assert found["temperature_K"] == pytest.approx(300)
+    assert found["temperature_error_K"] == pytest.approx(0, abs=1e-9)
+    assert not long_run._figures(np.where(np.eye(200, 3) > 0, np.nan, samples), 24)["finite"]
+
+
+def test_same_bits_of_runs_that_differ():
+    one = {"deterministic": True, "status": "ok", "steps": 5, "digest": "a"}
+    assert long_run.same_bits([one, one]) is True
+    assert long_run.same_bits([one, one | {"digest": "b"}]) is False
+    for other in (one | {"steps": 4}, one | {"status": "failed"}, one | {"deterministic": False}):
+        assert long_run.same_bits([one, other]) is None
 
 
 def test_first_use_times_conversion_and_first_call():

@@ -72,9 +72,11 @@ class Engine:
     `ase.Atoms`; elements, periodicity and, in `atoms.info`, what the model reads beside the atoms stay as they are.
     head: of a model with several. stress: whether it is computed. skin: angstrom, how much longer than the cutoff the
     candidates are; atoms may go half of it before these are found anew. keys: MACE's specification of where charges and
-    the like lie in `atoms.info` and `atoms.arrays`; None: where MACECalculator looks for them. memory: bytes that a step
-    should do with; None: what the GPU has free. Where that is too little for the weights of all edges, they are made in
-    shares, which is slower.
+    the like lie in `atoms.info` and `atoms.arrays`; None: where MACECalculator looks for them. memory: bytes for a
+    step; None: what the GPU has free. Where that is too little for the weights of all edges, they are made in shares,
+    which is slower.
+
+    A model that was accelerated with deterministic=True gives the same bits for the same history of steps.
 
     Weights of `model` that change between steps are noticed.
 
@@ -403,8 +405,9 @@ class Engine:
         """The edges' vectors times the gradients [E, 3] by them, as dyads, summed over each receiver's."""
         sender, receiver = edges.edge_index
         vectors = x.index_select(0, receiver) - x.index_select(0, sender) + edges.shifts.detach()
-        dyads = vectors.double()[:, :, None] * gradient.double()[:, None, :]
-        return dyads.new_zeros(x.shape[0], 3, 3).index_add_(0, receiver, dyads)
+        dyads = (vectors.double()[:, :, None] * gradient.double()[:, None, :]).flatten(1)
+        rows = edges.row_ptr.long()  # summed in order, not by atomic additions
+        return torch.segment_reduce(dyads, "sum", offsets=rows, axis=0, unsafe=True).view(-1, 3, 3)
 
     def _by_system(self, values: torch.Tensor) -> torch.Tensor:
         """Sums of values [N, ...] over the atoms of each system, always in the same order."""

@@ -25,7 +25,7 @@ def candidates(
         unit = -unit.to(points.dtype)  # vesin's pairs go from the first atom to the second: here the first receives
         found.append((receiver + first, sender + first, unit, unit @ cell))
         first += size
-    receiver, sender, unit, shift = (torch.cat(parts) for parts in zip(*found, strict=True))
+    receiver, sender, unit, shift = _in_order(*(torch.cat(parts) for parts in zip(*found, strict=True)))
     edges = torch.arange(first + 1, device=positions.device)
     ptr = torch.searchsorted(receiver.contiguous(), edges, out_int32=True)
     return Candidates(ptr, sender.to(torch.int32), shift, unit, twins(receiver, sender, unit))
@@ -39,15 +39,31 @@ def twins(receiver: torch.Tensor, sender: torch.Tensor, unit: torch.Tensor) -> t
     place = torch.arange(receiver.shape[0], device=receiver.device)
     if not len(place):
         return place.to(torch.int32)
-    unit = unit.long()
-    half, atoms = int(unit.abs().max()), int(max(receiver.max(), sender.max())) + 1
-    if atoms**2 * (2 * half + 1) ** 3 >= 1 << 62:
+    numbers = _numbers(receiver, sender, unit)
+    if numbers is None:
         return place.to(torch.int32)
-    there, order = _number(receiver, sender, unit, atoms, half).sort()
-    back = _number(sender, receiver, -unit, atoms, half)
+    (there, order), back = numbers[0].sort(), numbers[1]
     at = torch.searchsorted(there, back).clamp(max=len(there) - 1)
     twin = torch.where(there[at] == back, order[at], place)
     return torch.where(twin[twin] == place, twin, place).to(torch.int32)
+
+
+def _in_order(receiver, sender, unit, shift) -> tuple[torch.Tensor, ...]:
+    """The pairs by receiver, sender and unit shift: always in the same order, in which a GPU does not find them."""
+    numbers = _numbers(receiver, sender, unit) if len(receiver) else None
+    if numbers is None:
+        return receiver, sender, unit, shift
+    order = numbers[0].argsort()
+    return tuple(part[order] for part in (receiver, sender, unit, shift))
+
+
+def _numbers(receiver, sender, unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """A number for every pair and for the one with the opposite vector; None where 64 bits are too few."""
+    unit = unit.long()
+    half, atoms = int(unit.abs().max()), int(max(receiver.max(), sender.max())) + 1
+    if atoms**2 * (2 * half + 1) ** 3 >= 1 << 62:
+        return None
+    return _number(receiver, sender, unit, atoms, half), _number(sender, receiver, -unit, atoms, half)
 
 
 def _number(one, two, unit: torch.Tensor, atoms: int, half: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ of making them; so a step is shared out only if it must be.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,7 @@ def shares(ptr: torch.Tensor, number: int) -> tuple[Share, ...]:
     wanted = torch.arange(1, number) * total // number
     cuts = torch.searchsorted(ptr, wanted) // ALIGNED * ALIGNED
     bounds = torch.cat((cuts.new_tensor([0, nodes]), cuts)).unique().tolist()
-    pairs = list(zip(bounds[:-1], bounds[1:], strict=True))
+    pairs = list(itertools.pairwise(bounds))
     longest = max(int(ptr[last] - ptr[first]) for first, last in pairs)
     return tuple(Share(first, last, int(ROOM * longest) + 1) for first, last in pairs)
 

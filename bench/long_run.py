@@ -1,0 +1,186 @@
+"""Long dynamics with the water model that ships: `python -m bench.long_run` runs all cases side by side on one device.
+
+NVE (velocity Verlet) and NVT (Langevin) of 192 and 1536 atoms, and NVT in deterministic mode twice. For each: drift of
+the total energy, temperature, memory at the beginning and at the end, whether every number was finite, and a digest of
+where the atoms ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import rows
+from .rows import Row
+
+TIME_STEP, TEMPERATURE, FRICTION = 0.5, 300.0, 0.01
+"""fs, K, 1 / fs."""
+RELAX, EQUILIBRATE, EVERY = 200, 4000, 50
+"""Steps before the run, and from sample to sample."""
+BLOCKS = 10
+"""Of the samples, for the error of a mean."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: "nve" or "nvt", `side` molecules along an edge of the box."""
+
+    ensemble: str
+    side: int
+    deterministic: bool = False
+    copy: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.ensemble}-{3 * self.side**3}{'-deterministic' * self.deterministic}-{self.copy}"
+
+
+RUNS = (
+    *(Run(ensemble, side) for ensemble in ("nve", "nvt") for side in (4, 8)),
+    *(Run("nvt", 4, True, copy) for copy in range(2)),
+)
+
+
+def long_run(run: Run, steps: int, device: str, seconds: float = math.inf, precision: str = "fp32") -> Row:
+    """The row of a run of so many steps, or of as many as fit into so many seconds."""
+    from ase import units
+    from ase.md.langevin import Langevin
+    from ase.md.verlet import VelocityVerlet
+
+    atoms = _water(run, device, precision)
+    step = TIME_STEP * units.fs
+    if run.ensemble == "nve":
+        dynamics = VelocityVerlet(atoms, step)
+    else:
+        friction, rng = FRICTION / units.fs, np.random.default_rng(2)
+        dynamics = Langevin(atoms, step, temperature_K=TEMPERATURE, friction=friction, rng=rng)
+    samples, memory, taken = [_sample(atoms)], [_memory(device)], 0
+    began = time.perf_counter()
+    while taken < steps and time.perf_counter() - began < seconds:
+        dynamics.run(min(EVERY, steps - taken))
+        taken += min(EVERY, steps - taken)
+        samples.append(_sample(atoms))
+        if len(samples) == max(1, steps // EVERY // 10):
+            memory.append(_memory(device))
+    elapsed = time.perf_counter() - began
+    memory.append(_memory(device))
+    engines = atoms.calc.engines
+    return asdict(run) | {
+        **{"atoms": len(atoms), "precision": precision, "asked": steps, "steps": taken, "time_step_fs": TIME_STEP},
+        **_figures(np.array(samples), len(atoms)),
+        "memory_bytes": dict(zip(("start", "tenth", "end"), (memory[0], memory[-2], memory[-1]), strict=True)),
+        "rebuilds": sum(engine.rebuilds for engine in engines),
+        "captures": sum(engine.captures for engine in engines),
+        "ns_per_day": taken * TIME_STEP * 1e-6 * 86400 / elapsed,
+        "digest": hashlib.sha256(atoms.positions.tobytes() + atoms.get_momenta().tobytes()).hexdigest()[:16],
+    }
+
+
+def _water(run: Run, device: str, precision: str):
+    """Liquid water at the temperature of the run, from nothing but a seed."""
+    from ase import units
+    from ase.md.langevin import Langevin
+    from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
+    from ase.optimize import FIRE
+
+    from mace_triton import MACETritonCalculator
+    from mace_triton.water import water_box
+
+    atoms = water_box(run.side)
+    atoms.calc = MACETritonCalculator("water", precision=precision, device=device, deterministic=run.deterministic)
+    FIRE(atoms, logfile=None, maxstep=0.05).run(fmax=0.5, steps=RELAX)
+    rng = np.random.default_rng(1)
+    MaxwellBoltzmannDistribution(atoms, temperature_K=TEMPERATURE, rng=rng)
+    friction = 5 * FRICTION / units.fs
+    Langevin(atoms, TIME_STEP * units.fs, temperature_K=TEMPERATURE, friction=friction, rng=rng).run(EQUILIBRATE)
+    Stationary(atoms)
+    return atoms
+
+
+def _sample(atoms) -> tuple[float, float, float]:
+    """Total energy (eV), temperature (K), largest force (eV/angstrom)."""
+    return atoms.get_total_energy(), atoms.get_temperature(), float(np.abs(atoms.get_forces()).max())
+
+
+def _memory(device: str) -> dict[str, int]:
+    """Bytes: the largest that this process had on the host, and what torch holds on the device."""
+    held = torch.cuda.memory_reserved() if device == "cuda" else 0
+    return {"host": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "device": held}
+
+
+def _figures(samples: np.ndarray, atoms: int) -> Row:
+    """Drift of the total energy (meV an atom and ns, slope of a straight line), its scatter, and temperatures."""
+    energy, temperature, _ = samples.T
+    time_ns = 1e-6 * TIME_STEP * EVERY * np.arange(len(samples))
+    per_atom = 1e3 * (energy - energy[0]) / atoms
+    slope, start = np.polyfit(time_ns, per_atom, 1) if len(samples) > 1 else (math.nan, math.nan)
+    means = [part.mean() for part in np.array_split(temperature, min(BLOCKS, len(temperature)))]
+    return {
+        "finite": bool(np.isfinite(samples).all()),
+        "drift_meV_per_atom_ns": float(slope),
+        "scatter_meV_per_atom": float(np.std(per_atom - (start + slope * time_ns))),
+        "temperature_K": float(temperature.mean()),
+        "temperature_error_K": float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None,
+        "largest_force": float(samples[:, 2].max()),
+    }
+
+
+def side_by_side(runs: tuple[Run, ...], steps: dict[bool, int], seconds: float, path: Path, device: str) -> list[Row]:
+    """All runs at once, a process each; their rows are written as they come. steps: by whether it is deterministic."""
+    recorder = rows.Recorder(path, rows.environment(torch.device(device)))
+
+    def started(run: Run) -> subprocess.Popen:
+        words = {"run": run.name, "steps": steps[run.deterministic], "seconds": seconds, "device": device}
+        command = [sys.executable, "-m", "bench.long_run", *(f"--{key}={value}" for key, value in words.items())]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    processes = [(run, started(run)) for run in runs]
+    for run, process in processes:
+        out, err = process.communicate()
+        row = json.loads(out.strip().splitlines()[-1]) | {"status": "ok"} if process.returncode == 0 else None
+        row = row or asdict(run) | {"status": "failed", "reason": err.strip().splitlines()[-1][:300]}
+        recorder.rows.append(row)
+        recorder.flush()
+        print(json.dumps(row), flush=True)
+    return recorder.rows
+
+
+def same_bits(found: list[Row]) -> bool | None:
+    """Whether deterministic runs of one kind ended alike; None without two of them of the same length."""
+    ended = [(row["steps"], row["digest"]) for row in found if row["deterministic"] and row["status"] == "ok"]
+    if len(ended) < 2 or len({steps for steps, _ in ended}) > 1:
+        return None
+    return len(set(ended)) == 1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=100_000)
+    parser.add_argument("--deterministic-steps", type=int, default=20_000)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which a run ends early")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--run", choices=[run.name for run in RUNS], help="this one alone, in this process")
+    parser.add_argument("--out", type=Path, default=rows.RESULTS / "long-runs.json")
+    a = parser.parse_args()
+    if a.run:
+        run = next(run for run in RUNS if run.name == a.run)
+        print(json.dumps(long_run(run, a.steps, a.device, a.seconds)))
+        return 0
+    found = side_by_side(RUNS, {False: a.steps, True: a.deterministic_steps}, a.seconds, a.out, a.device)
+    print(f"deterministic runs ended with the same bits: {same_bits(found)}")
+    return int(any(row["status"] != "ok" or not row["finite"] for row in found) or same_bits(found) is not True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
