@@ -84,6 +84,16 @@ def test_too_little_memory_for_all_weights(name, device, reference_path):
     assert enough.shares == 1
 
 
+@pytest.mark.parametrize("present", [(3,), (9, 1), (1, 6, 7, 8, 11)])
+def test_only_species_that_are_there_have_weights(present, device, reference_path):
+    elements = (1, 3, 6, 7, 8, 9, 11)
+    model = mm.build("mp-medium", device=device, channels=8, elements=elements)
+    structures = mm.random_structures(present, seed=5)
+    found = Engine(mt.accelerate(model, "fp64", strict=True), structures)
+    check(found, model, structures)
+    assert found._chain.layers[0].contraction.coef.shape[0] == max(4, {1: 1, 2: 2, 5: 7}[len(present)])
+
+
 def test_shares_hold_all_receivers():
     counts = torch.tensor([3, 0, 0, 9, 1, 40, 0, 0, 2, 2, 2, 2, 0, 7, 1, 0, 0])
     ptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)

@@ -24,7 +24,7 @@ from ..ops.edge_filter import Edges
 from ..ops.edge_forces import edge_forces
 from ..ops.linear import lowp_weight
 from ..ops.readout import fits, readout
-from ..ops.species import SpeciesPlan, one_species
+from ..ops.species import SpeciesPlan, one_species, plan_of
 from ..precision import TORCH_DTYPES, storage_for
 from .radial import radial_of
 from .shares import Share
@@ -134,10 +134,10 @@ class _LastLayer(_Map):
 
 
 class _SpeciesMap:
-    """`skip_tp` with fixed weights, of nodes whose species are known."""
+    """`skip_tp` with fixed weights, of nodes whose species are known; `present`: the rows of weights of the plan's."""
 
-    def __init__(self, module: SpeciesLinear, plan: SpeciesPlan):
-        self.weights = module.weights().detach().contiguous()
+    def __init__(self, module: SpeciesLinear, plan: SpeciesPlan, present: torch.Tensor):
+        self.weights = module.weights().detach()[present]
         mode = module.run_mode
         lowp = lowp_weight(self.weights, mode) if mode in ("bf16", "fp16") else None
         self.operands, self.rest = (self.weights, lowp, *plan), (module.problem.key, mode, module.scale)
@@ -150,10 +150,10 @@ class _SpeciesMap:
 
 
 class _Contraction:
-    """The symmetric contraction with fixed weights; features and results in ir_mul."""
+    """The symmetric contraction with fixed weights; features and results in ir_mul. `present`: as in `_SpeciesMap`."""
 
-    def __init__(self, module: SymmetricContraction, plan: SpeciesPlan):
-        self.problem, self.coef = module.problem, module.coefficients().contiguous()
+    def __init__(self, module: SymmetricContraction, plan: SpeciesPlan, present: torch.Tensor):
+        self.problem, self.coef = module.problem, module.coefficients(None if module.agnostic else present)
         self.plan = one_species(plan.species.shape[0], plan.species.device) if module.agnostic else plan
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -193,21 +193,22 @@ def _matrix(module: IrrepsLinear) -> torch.Tensor:
 
 
 class _Layer:
-    """One interaction with its product. `constant`: the node features [N, C] of the first layer, made once.
+    """One interaction with its product. kinds: what `_present` gives.
 
+    constant: the node features [N, C] of the first layer, made once.
     keeps: whether the weights of pairs stay from forward to backward; made anew they cost a few percent of a step, and
     those of the last layer, which are needed at once, nothing. parts: the shares of receivers whose weights are made
     together, if not all are.
     """
 
-    def __init__(self, inter, product, plan: SpeciesPlan, constant: torch.Tensor | None, keeps: bool, parts: tuple):
+    def __init__(self, inter, product, kinds: tuple, constant: torch.Tensor | None, keeps: bool, parts: tuple):
         self.keeps, self.parts = keeps, parts
         self.residual, self.density = type(inter) in RESIDUAL, type(inter) in DENSITY
         self.up = _Map(inter.linear_up)
         self.last, self.conv = _LastLayer(inter.conv_tp_weights), inter.conv_tp.problem
         self.linear = _Map(inter.linear, 1.0 if self.density else 1.0 / float(inter.avg_num_neighbors))
-        self.skip = _SpeciesMap(inter.skip_tp, plan)
-        self.contraction, self.out = _Contraction(product.symmetric_contractions, plan), _Map(product.linear)
+        self.skip = _SpeciesMap(inter.skip_tp, *kinds)
+        self.contraction, self.out = _Contraction(product.symmetric_contractions, *kinds), _Map(product.linear)
         self.shortened, self.constant = self.residual and product.use_sc, constant is not None
         if self.constant:
             self._take(constant)
@@ -303,6 +304,17 @@ class _Repulsion:
         return energies.detach().double(), gr
 
 
+def _present(plan: SpeciesPlan) -> tuple[SpeciesPlan, torch.Tensor]:
+    """The plan with only the species that have nodes, and which these are: a model has weights for many more.
+
+    Filled up to a power of two with the last one, as kernels are compiled for a number of species.
+    """
+    found = plan.species.unique()
+    count = min(plan.count, max(4, 1 << (len(found) - 1).bit_length()))
+    present = torch.nn.functional.pad(found.long(), (0, count - len(found)), value=int(found[-1]))
+    return plan_of(torch.searchsorted(found, plan.species), count), present
+
+
 class Chain:
     """A model's energy and gradient for atoms whose species are known.
 
@@ -323,10 +335,10 @@ class Chain:
         scale, shift = _scale_shift(model, head)
         self.start = model.atomic_energies_fn(attrs)[:, head].double() + shift
         feats = model.node_embedding(attrs)
-        last = len(model.interactions) - 1
+        last, kinds = len(model.interactions) - 1, _present(plan)
         pairs = zip(model.interactions, model.products, strict=True)
         self.layers = [
-            _Layer(*pair, plan, None if n else feats, n == last and not parts, parts) for n, pair in enumerate(pairs)
+            _Layer(*pair, kinds, None if n else feats, n == last and not parts, parts) for n, pair in enumerate(pairs)
         ]
         found = [_Readout(module, head, heads, scale) for module in model.readouts]
         alone = len(found) == 1 and len(self.layers) > 1

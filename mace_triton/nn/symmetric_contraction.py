@@ -155,9 +155,15 @@ class SymmetricContraction(mace_contraction.SymmetricContraction):
             out = symmetric_contraction(self.problem, x, None, plan, self.coefficients())
         return convert_layout(out.reshape(x.shape[0], -1), self.irreps_out, "ir_mul", self.layout_out)
 
-    def coefficients(self) -> torch.Tensor:
-        """The coefficients [species, rows, C, PACK], without gradient; kept until a weight changes."""
+    def coefficients(self, species: torch.Tensor | None = None) -> torch.Tensor:
+        """The coefficients [species, rows, C, PACK], without gradient; kept until a weight changes.
+
+        species [S]: of these alone, and not kept.
+        """
         parameters = parameters_of(self)
+        if species is not None:
+            with torch.no_grad():
+                return combine(self.problem, self._weights([torch.cat(parameters, dim=1)[species]]))
         return self._coefficients.get(parameters, lambda: combine(self.problem, self._weights(parameters)))
 
     def _weights(self, parameters: list[torch.Tensor]) -> list[torch.Tensor]:
