@@ -29,6 +29,7 @@ _PUBLIC = {
     "Certificate": "certify",
     "MACETritonCalculator": "calculator",
     "Engine": "engine",
+    **dict.fromkeys(("mace_mp", "mace_off", "mace_omol", "mace_anicc", "mace_polar"), "loaders"),
 }
 __all__ = sorted(_PUBLIC)
 
