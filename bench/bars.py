@@ -21,6 +21,7 @@ from . import blocks, edge_block, first_use, md_step, measure, models, rows, spe
 from .rows import OURS, Row
 
 FAST = ("cueq", "oeq", OURS)
+MODELS = ("small", "medium", "large")
 
 
 class Section:
@@ -303,27 +304,48 @@ ENGINE_MOST = {"fp32": 1 / 3, "bf16": 1 / 4.5}
 """Our GPU time of a step over cuEquivariance's of energy and forces in FP32."""
 
 
-def engine(section: Section) -> None:
+def engine(name: str, section: Section) -> None:
     """GPU time, graph nodes, memory and time per atom of a step, against cuEquivariance's energy and forces."""
     direction, theirs = md_step.DIRECTIONS[1], models.DIRECTIONS[0]
-    for name in ("small", "medium", "large"):
-        peers = {atoms: models.ModelCase(name, atoms) for atoms in (1536, 5184)}
-        section.measure(measure.specs(peers.values(), [("cueq", ("fp32",))], [theirs]))
+    peers = {atoms: models.ModelCase(name, atoms) for atoms in (1536, 5184)}
+    section.measure(measure.specs(peers.values(), [("cueq", ("fp32",))], [theirs]))
+    measure.forget(section.device)
+    ours = {atoms: md_step.StepCase(name, atoms) for atoms in (24, 192, 1536, 5184, 13824, 41472)}
+    for precision in ENGINE_MOST:
+        sizes = ours if precision == "fp32" else (192, 1536, 5184)
+        section.measure(measure.specs([ours[atoms] for atoms in sizes], [(OURS, (precision,))], [direction]))
         measure.forget(section.device)
-        ours = {atoms: md_step.StepCase(name, atoms) for atoms in (24, 192, 1536, 5184, 13824, 41472)}
-        for precision in ENGINE_MOST:
-            sizes = ours if precision == "fp32" else (192, 1536, 5184)
-            section.measure(measure.specs([ours[atoms] for atoms in sizes], [(OURS, (precision,))], [direction]))
-            measure.forget(section.device)
-        for atoms, peer in peers.items():
-            for precision, most in ENGINE_MOST.items():
-                _of_step(section, name, ours[atoms], peer, precision, most, "gpu_ms", "GPU time")
-            _of_step(section, name, ours[atoms], peer, "fp32", 0.5, "peak_mib", "peak memory")
-        for atoms in (24, 192):
-            for key, most in (("gpu_ms", 1.0), ("nodes", 60), ("launches", None)):
-                value = functools.partial(section.value, key, ours[atoms], direction, OURS, "fp32")
-                section.bar(f"engine {name} {atoms}, fp32: {key}", value, most=most)
-        _per_atom(section, name, ours, direction)
+    for atoms, peer in peers.items():
+        for precision, most in ENGINE_MOST.items():
+            _of_step(section, name, ours[atoms], peer, precision, most, "gpu_ms", "GPU time")
+        _of_step(section, name, ours[atoms], peer, "fp32", 0.5, "peak_mib", "peak memory")
+    for atoms in (24, 192):
+        for key, most in (("gpu_ms", 1.0), ("nodes", 60), ("launches", None)):
+            value = functools.partial(section.value, key, ours[atoms], direction, OURS, "fp32")
+            section.bar(f"engine {name} {atoms}, fp32: {key}", value, most=most)
+    _per_atom(section, name, ours, direction)
+
+
+SIZES = (24, 81, 192, 648, 1536, 5184, 13824, 41472)
+E3NN_SIZES = SIZES[:5]
+"""Plain e3nn takes half a second a step there, and the card's memory soon after."""
+
+
+def sizes(name: str, section: Section) -> None:
+    """A step of ASE's Langevin dynamics at every size and precision, beside MACECalculator's, plain and with cuEq."""
+    direction = md_step.DIRECTIONS[0]
+    cases = {atoms: md_step.StepCase(name, atoms) for atoms in SIZES}
+    for provider, precision, atoms in (
+        *((OURS, precision, SIZES) for precision in ("fp32", "tf32", "bf16")),
+        ("cueq", "fp32", SIZES),
+        ("e3nn", "fp32", E3NN_SIZES),
+    ):
+        section.measure(measure.specs([cases[n] for n in atoms], [(provider, (precision,))], [direction]))
+        measure.forget(section.device)
+    for atoms, case in cases.items():
+        for peer in ("cueq", "e3nn") if atoms in E3NN_SIZES else ("cueq",):
+            text = f"step {name} {atoms}, wall time"
+            section.ratio(text, case, direction, peer, "fp32", None, key="wall_ms")
 
 
 def _of_step(section: Section, name: str, case, peer, precision: str, most: float, key: str, what: str) -> None:
@@ -360,7 +382,8 @@ SECTIONS: dict[str, Callable[[Section], None]] = {
     "first": first,
     "steps": steps,
     "graphs": graphs,
-    "engine": engine,
+    **{f"engine-{name}": functools.partial(engine, name) for name in MODELS},
+    **{f"sizes-{name}": functools.partial(sizes, name) for name in MODELS},
 }
 
 
@@ -391,15 +414,27 @@ def run(names: list[str], path: Path, device: torch.device) -> list[Row]:
     return bars
 
 
+def chosen(words: list[str]) -> list[str]:
+    """The sections of these names, or that begin with one and a hyphen. LookupError for a word that means none."""
+    found = []
+    for word in words:
+        meant = [name for name in SECTIONS if name == word or name.startswith(f"{word}-")]
+        if not meant:
+            raise LookupError(f"unknown section {word}; there are {', '.join(SECTIONS)}")
+        found += meant
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default=",".join(SECTIONS), help=f"comma-separated, of: {', '.join(SECTIONS)}")
+    of = f"comma-separated, of: {', '.join(SECTIONS)}; engine means engine-small and all that begin so"
+    parser.add_argument("--only", default=",".join(SECTIONS), help=of)
     parser.add_argument("--out", type=Path, default=rows.RESULTS / "bars.json")
     arguments = parser.parse_args()
-    names = arguments.only.split(",")
-    unknown = [name for name in names if name not in SECTIONS]
-    if unknown:
-        parser.error(f"--only: unknown section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+    try:
+        names = chosen(arguments.only.split(","))
+    except LookupError as error:
+        parser.error(f"--only: {error}")
     if not torch.cuda.is_available():
         parser.error("the bars are for a GPU, and torch sees none here; `pytest bench/ --benchmark-only` runs anywhere")
     bars = run(names, arguments.out, torch.device("cuda"))

@@ -26,8 +26,8 @@ TIME_STEP, TEMPERATURE, FRICTION = 0.5, 300.0, 0.01
 """fs, K, 1 / fs: for water, and for models whose random weights make of it what they will."""
 SKIN = 1.0
 """Angstrom, of our calculator's engine."""
-STEPS = 21
-"""Of which the median is taken."""
+STEPS, FEW_STEPS, SLOW_MS = 21, 5, 300
+"""Of so many steps the median is taken; of few where one takes longer than so many milliseconds."""
 REPEATED = {13824: (1536, (3, 3, 1)), 41472: (5184, (2, 2, 2))}
 """Boxes that are so many copies of a smaller one: their forces are its, and plain e3nn need not fit on the card."""
 

@@ -107,7 +107,8 @@ def _time_model(spec: Spec, ready: blocks.Prepared, device: torch.device) -> Row
 
 def _time_step(spec: Spec, ready: blocks.Prepared, device: torch.device) -> Row:
     (call,) = ready.calls[spec.direction]
-    return {"kind": "md step"} | _time_whole(call, device, md_step.STEPS)
+    slow = timing.time_wall(call, device, 1) > md_step.SLOW_MS
+    return {"kind": "md step"} | _time_whole(call, device, md_step.FEW_STEPS if slow else md_step.STEPS)
 
 
 TIMED: dict[type, Callable] = {models.ModelCase: _time_model, md_step.StepCase: _time_step}

@@ -158,26 +158,40 @@ def time_wall(call: Call, device: torch.device, repeats: int = 7) -> float:
 
 
 def profile(calls: Sequence[Call], device: torch.device) -> KernelProfile | None:
-    """Device time and launches of one warm call (the mean over `calls`, three at least), by the profiler.
+    """Device time (the median over `calls`, five at least) and launches of one warm call, by the profiler.
 
     None on a CPU.
     """
     if device.type != "cuda":
         return None
-    repeats = max(3, len(calls))
+    repeats = max(5, len(calls))
     calls[-1]()
     synchronize(device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
         for i in range(repeats):
             calls[i % len(calls)]()
         synchronize(device)
+    found = [
+        (event.time_range.start, event.name, event.time_range.elapsed_us() / 1e3)
+        for event in prof.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+    ]
+    return _kernel_profile(found, repeats)
+
+
+def _kernel_profile(found: list[tuple[float, str, float]], repeats: int) -> KernelProfile:
+    """Of (start, name, ms) of the kernels of `repeats` calls. A GPU slows down at times: the median call counts."""
     total, number = Counter(), Counter()
-    for event in prof.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
-            total[event.name] += event.time_range.elapsed_us() / 1e3 / repeats
-            number[event.name] += 1
+    for _, name, ms in found:
+        total[name] += ms / repeats
+        number[name] += 1
     top = [(name[:100], round(ms, 4), number[name] // repeats) for name, ms in total.most_common(12)]
-    return KernelProfile(sum(total.values()), sum(number.values()) // repeats, top)
+    launches, rest = divmod(len(found), repeats)
+    if rest or not launches:  # calls that differ cannot be told apart
+        return KernelProfile(sum(total.values()), launches, top)
+    inside = [ms for _, _, ms in sorted(found)]
+    each = [sum(inside[first : first + launches]) for first in range(0, len(inside), launches)]
+    return KernelProfile(statistics.median(each), launches, top)
 
 
 def free_memory(device: torch.device) -> int:

@@ -403,6 +403,23 @@ def test_drift_and_temperature_of_known_samples():
     assert not long_run._figures(np.where(np.eye(200, 3) > 0, np.nan, samples), 24)["finite"]
 
 
+def test_the_median_call_counts_in_a_profile():
+    calls = [[("a", 1.0), ("b", 2.0)], [("a", 9.0), ("b", 9.0)], [("a", 1.1), ("b", 2.0)]]
+    found = [(10.0 * i + k, name, ms) for i, call in enumerate(calls) for k, (name, ms) in enumerate(call)]
+    profile = timing._kernel_profile(found[::-1], 3)
+    assert (profile.kernel_ms, profile.launches) == (pytest.approx(3.1), 2)
+    assert profile.top == [("b", pytest.approx(4.3333), 1), ("a", pytest.approx(3.7), 1)]
+    assert timing._kernel_profile(found[:5], 3).kernel_ms == pytest.approx(22.1 / 3)  # calls cannot be told apart
+    assert timing._kernel_profile([], 3).launches == 0
+
+
+def test_sections_of_a_word():
+    assert bars.chosen(["conv"]) == ["conv"]
+    assert bars.chosen(["engine", "steps"]) == ["engine-small", "engine-medium", "engine-large", "steps"]
+    with pytest.raises(LookupError, match="unknown section eng;"):
+        bars.chosen(["eng"])
+
+
 def test_same_bits_of_runs_that_differ():
     one = {"deterministic": True, "status": "ok", "steps": 5, "digest": "a"}
     assert long_run.same_bits([one, one]) is True
