@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import ase
 import mace  # noqa: F401  before e3nn, see mace_triton/__init__.py
@@ -33,6 +34,7 @@ from ..ops.edge_filter import Candidates, Edges, edge_filter
 from ..reference_edge_filter import PAD
 from . import neighbours
 from .chain import Chain, uncovered
+from .compiling import noted, together
 from .memory import footprint
 from .shares import Share, hold, shares
 
@@ -274,7 +276,8 @@ class Engine:
         self.autograd_because = uncovered(self.model, self._species)
         if not self.autograd_because:
             self._parts = self._shared_out(pairs)
-            self._chain = Chain(self.model, self._data, self._species, heads.index(self.head), self._parts)
+            self._write_out = partial(Chain, self.model, self._data, self._species, heads.index(self.head), self._parts)
+            self._chain = None if self._recording else self._write_out()  # else with all that a graph holds
         self._was = self._data["positions"].clone()
         heads = self._data["head"][self._data["batch"]]
         e0 = self.model.atomic_energies_fn(self._data["node_attrs"]).gather(1, heads[:, None])
@@ -348,13 +351,25 @@ class Engine:
             return None
 
     def _warm_up(self) -> None:
-        """Compile what the step needs, on a stream of its own as CUDA graphs want it."""
+        """Compile what the step needs and run it, on a stream of its own as CUDA graphs want it."""
+        if not self.autograd_because:
+            self._compile()
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
                 self._evaluate()
         torch.cuda.current_stream(self.device).wait_stream(stream)
+
+    def _compile(self) -> None:
+        """Write the model out; what kernels are not compiled yet a first evaluation finds out, and then they are."""
+        self._edges(self._moved())  # for real: numbers of atoms and edges are read from it
+        with noted() as jobs:
+            self._chain = self._write_out()
+            self._evaluate()
+        if jobs:
+            together(jobs)
+            self._chain = self._write_out()
 
     def _record(self) -> torch.cuda.CUDAGraph:
         recorded = torch.cuda.CUDAGraph()
@@ -364,9 +379,22 @@ class Engine:
 
     def _evaluate(self) -> None:
         """Edges, model, derivatives; what it leaves in `results` and `_all` is overwritten by the next replay."""
-        idle = self._data["positions"][self.atoms :]
-        x = torch.cat((self.positions.to(self.dtype), idle))
-        edges = edge_filter(
+        x = self._moved()
+        edges = self._edges(x)
+        energies, gx, virial = (self._by_autograd if self._chain is None else self._chain)(x, edges)
+        energies, forces = energies[: self.atoms], -gx[: self.atoms]
+        energy = self._by_system(energies)
+        stress = self._stress(self._by_system(virial[: self.atoms].double())) if self.stress else None
+        self.results = Results(energy, energies, forces, stress)
+        values = (energy, energies, forces, *(() if stress is None else (stress,)), edges.count, edges.moved)
+        self._all = torch.cat([value.double().flatten() for value in values])
+
+    def _moved(self) -> torch.Tensor:
+        """Positions [N + idle, 3] in the model's dtype."""
+        return torch.cat((self.positions.to(self.dtype), self._data["positions"][self.atoms :]))
+
+    def _edges(self, x: torch.Tensor) -> Edges:
+        return edge_filter(
             x,
             self._was,
             self._pairs,
@@ -377,16 +405,6 @@ class Engine:
             idle=self.idle,
             far=3.0 * self.cutoff,
         )
-        if self._chain is None:
-            energies, gx, virial = self._by_autograd(x, edges)
-        else:
-            energies, gx, virial = self._chain(x, edges)
-        energies, forces = energies[: self.atoms], -gx[: self.atoms]
-        energy = self._by_system(energies)
-        stress = self._stress(self._by_system(virial[: self.atoms].double())) if self.stress else None
-        self.results = Results(energy, energies, forces, stress)
-        values = (energy, energies, forces, *(() if stress is None else (stress,)), edges.count, edges.moved)
-        self._all = torch.cat([value.double().flatten() for value in values])
 
     @torch.enable_grad()
     def _by_autograd(self, x: torch.Tensor, edges: Edges) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
