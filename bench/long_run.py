@@ -15,6 +15,7 @@ import resource
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -53,11 +54,12 @@ RUNS = (
 
 
 def long_run(run: Run, steps: int, device: str, seconds: float = math.inf, precision: str = "fp32") -> Row:
-    """The row of a run of so many steps, or of as many as fit into so many seconds."""
+    """The row of a run of so many steps, or of as many as so many seconds allow, its preparation included."""
     from ase import units
     from ase.md.langevin import Langevin
     from ase.md.verlet import VelocityVerlet
 
+    until = time.perf_counter() + seconds
     atoms = _water(run, device, precision)
     step = TIME_STEP * units.fs
     if run.ensemble == "nve":
@@ -67,7 +69,7 @@ def long_run(run: Run, steps: int, device: str, seconds: float = math.inf, preci
         dynamics = Langevin(atoms, step, temperature_K=TEMPERATURE, friction=friction, rng=rng)
     samples, memory, taken = [_sample(atoms)], [_memory(device)], 0
     began = time.perf_counter()
-    while taken < steps and time.perf_counter() - began < seconds:
+    while taken < steps and time.perf_counter() < until:
         dynamics.run(min(EVERY, steps - taken))
         taken += min(EVERY, steps - taken)
         samples.append(_sample(atoms))
@@ -145,15 +147,21 @@ def side_by_side(runs: tuple[Run, ...], steps: dict[bool, int], seconds: float, 
         command = [sys.executable, "-m", "bench.long_run", *(f"--{key}={value}" for key, value in words.items())]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    processes = [(run, started(run)) for run in runs]
-    for run, process in processes:
-        out, err = process.communicate()
-        row = json.loads(out.strip().splitlines()[-1]) | {"status": "ok"} if process.returncode == 0 else None
-        row = row or asdict(run) | {"status": "failed", "reason": err.strip().splitlines()[-1][:300]}
-        recorder.rows.append(row)
-        recorder.flush()
-        print(json.dumps(row), flush=True)
+    with ThreadPoolExecutor(len(runs)) as pool:  # a row is written when its run ends, whichever does first
+        waiting = {pool.submit(started(run).communicate): run for run in runs}
+        for future in as_completed(waiting):
+            recorder.add(_row_of(waiting[future], *future.result()))
     return recorder.rows
+
+
+def _row_of(run: Run, out: str, err: str) -> Row:
+    """What a run printed, or why there is nothing."""
+    try:
+        row = json.loads(out.strip().splitlines()[-1]) | {"status": "ok"}
+    except (IndexError, json.JSONDecodeError):
+        row = asdict(run) | {"status": "failed", "reason": (err.strip().splitlines() or ["no word"])[-1][:300]}
+    print(json.dumps(row), flush=True)
+    return row
 
 
 def same_bits(found: list[Row]) -> bool | None:

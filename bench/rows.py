@@ -109,12 +109,9 @@ class Recorder:
     def add(self, row: Row) -> Row:
         self.rows.append(row)
         add_ratios(self.rows)
-        self.flush()
-        return row
-
-    def flush(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps({"environment": self.header, "rows": self.rows}, indent=1) + "\n")
+        return row
 
 
 def results_file(header: Row, folder: Path = RESULTS) -> Path:

@@ -420,6 +420,27 @@ def test_sections_of_a_word():
         bars.chosen(["eng"])
 
 
+def test_a_run_that_broke_off_is_a_row_too(tmp_path, monkeypatch):
+    run = long_run.RUNS[0]
+    assert long_run._row_of(run, 'a warning\n{"steps": 3}\n', "") == {"steps": 3, "status": "ok"}
+    failed = long_run._row_of(run, "", "Traceback\nRuntimeError: lost the card\n")
+    assert (failed["status"], failed["reason"], failed["side"]) == ("failed", "RuntimeError: lost the card", 4)
+    asked = []
+
+    class Process:
+        def __init__(self, command, **_):
+            asked.append(dict(word.removeprefix("--").split("=") for word in command[3:]))
+
+        def communicate(self):
+            return json.dumps({"run": "x", "gpu": 1}), ""
+
+    monkeypatch.setattr(long_run.rows, "environment", lambda device: {"card": str(device)})
+    monkeypatch.setattr(long_run.subprocess, "Popen", Process)
+    found = long_run.side_by_side(long_run.RUNS, {False: 7, True: 5}, 9.0, tmp_path / "long.json", "cpu")
+    assert len(found) == len(long_run.RUNS) == len(json.loads((tmp_path / "long.json").read_text())["rows"])
+    assert {(words["run"], words["steps"]) for words in asked} >= {("nve-192-0", "7"), ("nvt-192-deterministic-1", "5")}
+
+
 def test_same_bits_of_runs_that_differ():
     one = {"deterministic": True, "status": "ok", "steps": 5, "digest": "a"}
     assert long_run.same_bits([one, one]) is True
