@@ -140,13 +140,7 @@ def certify(
     """Energy, forces and stress against e3nn in FP64, derivatives and symmetries; exit code 1 if something fails."""
     quiet()
     with one_line_errors():
-        from .calculator import MACETritonCalculator, check_device
-        from .certify import check_structure
-        from .md import read_structure
-
-        atoms = read_structure(structure)
-        calculator = MACETritonCalculator(model, precision=precision, head=head, device=check_device(device))
-        check_structure(atoms, calculator.z_table.zs)
+        calculator, atoms = opened(model, structure, precision, head, device)
         certificate = calculator.certify(atoms)
         lines = [(certificate.passed, str(certificate))]
         lines += [(check.passed, str(check)) for check in calculator.check(atoms, certificate)]
@@ -169,15 +163,22 @@ def doctor(
     quiet()
     print_machine()
     with one_line_errors():
-        from .calculator import MACETritonCalculator, check_device
-        from .certify import check_structure
         from .doctor import diagnose, show
-        from .md import read_structure
 
-        atoms = read_structure(structure)
-        calculator = MACETritonCalculator(model, precision=precision, head=head, device=check_device(device))
-        check_structure(atoms, calculator.z_table.zs)
+        calculator, atoms = opened(model, structure, precision, head, device)
         show(calculator.models[0], diagnose(calculator.models[0], atoms, calculator.head), console)
+
+
+def opened(model: str, structure: Path, precision: str | None, head: str | None, device: str | None):
+    """The calculator and the structure that a command is about. Raises what the library raises."""
+    from .calculator import MACETritonCalculator
+    from .certify import check_structure
+    from .md import read_structure
+
+    atoms = read_structure(structure)
+    calculator = MACETritonCalculator(model, precision=precision, head=head, device=device)
+    check_structure(atoms, calculator.z_table.zs)
+    return calculator, atoms
 
 
 @app.command()
