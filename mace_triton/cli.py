@@ -54,6 +54,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     logging.getLogger().setLevel(logging.ERROR)
+    logging.getLogger("mace_triton").setLevel(logging.WARNING)
 
 
 @app.command()

@@ -268,6 +268,16 @@ def test_policies_are_those_of_the_model(precision, device, reference_path):
     assert found["engine", "energies"] <= 2 * found["model", "energies"]
 
 
+def test_a_line_says_what_takes_maces_forward(device, reference_path, caplog):
+    structures = mm.random_structures(SMALL["elements"], seed=1)
+    for name, lines in (("mp-small", 0), ("nonlinear", 1)):
+        caplog.clear()
+        found = Engine(fast_model(name, device), structures, skin=0.6)
+        for by in (0.0, 0.4, 0.8):
+            found.step(np.concatenate([atoms.positions for atoms in moved(structures, by)]))
+        assert [record.getMessage().count("interaction block") for record in caplog.records] == [1] * lines
+
+
 def test_deterministic_models_repeat_their_bits(device, reference_path):
     """Step after step, new candidates included, by two engines and by the calculator."""
     exact = e3nn_model("mp-large", device)

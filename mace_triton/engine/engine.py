@@ -15,6 +15,7 @@ On a CPU the same functions run one after another, without a graph.
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -38,6 +39,7 @@ from .compiling import noted, together
 from .memory import footprint
 from .shares import Share, hold, shares
 
+LOG = logging.getLogger(__name__)
 ROOM = 1.02
 """How much larger than its content a bucket is made."""
 USABLE = 0.9
@@ -273,7 +275,9 @@ class Engine:
         self._data = self._batch()
         self._species = species.species_plan(self._data["node_attrs"])
         heads = list(getattr(self.model, "heads", None) or ["Default"])
-        self.autograd_because = uncovered(self.model, self._species)
+        told, self.autograd_because = self.autograd_because, uncovered(self.model, self._species)
+        if self.autograd_because not in ("", told):
+            LOG.warning("a step of this model takes MACE's own forward and autograd: %s", self.autograd_because)
         if not self.autograd_because:
             self._parts = self._shared_out(pairs)
             self._write_out = partial(Chain, self.model, self._data, self._species, heads.index(self.head), self._parts)
@@ -370,6 +374,7 @@ class Engine:
         if jobs:
             together(jobs)
             self._chain = self._write_out()
+        torch.cuda.empty_cache()  # the warm-up's stream cannot use what was freed on this one
 
     def _record(self) -> torch.cuda.CUDAGraph:
         recorded = torch.cuda.CUDAGraph()
