@@ -48,7 +48,7 @@ class StepCase:
         return ase.Atoms(numbers, positions, cell=cell, pbc=True).repeat(copies)
 
     def prepare(self, provider: str, precision: str, variant: str, device: torch.device, direction: str) -> Prepared:
-        """Build calculator or model, gate its forces, set the step up."""
+        """Build calculator or model, gate its energy and forces, set the step up."""
         key = (self.name, self.channels, self.elements, provider, precision, device)
         ase_face = direction == DIRECTIONS[0]
         face, begin = (calculator(*key), _langevin) if ase_face else (torchsim_model(*key, variant), _torchsim)
@@ -61,12 +61,16 @@ class StepCase:
         peak = timing.peak_mib(first, device)
         if peak is None:
             first()
-        forces, step, own = made
+        found, step, own = made
         unit = REPEATED.get(self.atoms, (self.atoms,))[0]
         case = models.ModelCase(self.name, unit, self.channels, self.elements)
         expected, extra = models._reference(case, models.DIRECTIONS[0], device)
-        wanted = expected["forces"].double().repeat(self.atoms // unit, 1)
-        errors = blocks.gate({"forces": forces}, {"forces": wanted}, {"forces": models.TOLERANCE[precision]})
+        copies = self.atoms // unit
+        wanted = {
+            "forces": expected["forces"].double().repeat(copies, 1),
+            "energy": copies * expected["energy"].double(),
+        }
+        errors = blocks.gate(found, wanted, dict.fromkeys(wanted, models.TOLERANCE[precision]))
         kept = {"reference": extra, "peak_mib": None if peak is None else peak - own / 2**20}
         if provider == "mace_triton":
             kept["nodes"] = _nodes(face.engines if ase_face else [engine for _, engine in face._engines], device)
@@ -80,17 +84,18 @@ def _nodes(engines: list, device: torch.device) -> int | None:
     return None if found is None else len(recorded) * found.launches
 
 
-def _langevin(atoms: ase.Atoms, face, device: torch.device) -> tuple[torch.Tensor, Callable[[], object], int]:
-    """(forces of the structure, a step of ASE's Langevin dynamics, bytes that others held before)."""
+def _langevin(atoms: ase.Atoms, face, device: torch.device) -> tuple[dict, Callable[[], object], int]:
+    """(energy and forces of the structure, a step of ASE's Langevin dynamics, bytes that others held before)."""
     atoms.calc, face.engines = face, []
     others = timing.free_memory(device)
     atoms.get_forces()
     face.results = {}  # ours runs on its engine from the second time on
     forces = torch.from_numpy(np.asarray(atoms.get_forces(), dtype=np.float64))
-    return forces, _dynamics(atoms), others
+    energy = torch.tensor([atoms.get_potential_energy()], dtype=torch.float64)
+    return {"forces": forces, "energy": energy}, _dynamics(atoms), others
 
 
-def _torchsim(atoms: ase.Atoms, face, device: torch.device) -> tuple[torch.Tensor, Callable[[], object], int]:
+def _torchsim(atoms: ase.Atoms, face, device: torch.device) -> tuple[dict, Callable[[], object], int]:
     """The same with torch-sim's model: the step evaluates a state whose atoms have moved a little."""
     import torch_sim
 
@@ -105,7 +110,8 @@ def _torchsim(atoms: ase.Atoms, face, device: torch.device) -> tuple[torch.Tenso
         state.positions = (start + moves[next(taken) % len(moves)]).to(face.dtype)
         return face(state)
 
-    return face(state)["forces"].double().cpu(), step, others
+    found = face(state)
+    return {key: found[key].double().cpu() for key in ("forces", "energy")}, step, others
 
 
 @lru_cache(maxsize=1)

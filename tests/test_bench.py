@@ -19,6 +19,7 @@ from bench import (
     edge_block,
     first_use,
     long_run,
+    md_step,
     measure,
     models,
     providers,
@@ -418,6 +419,29 @@ def test_sections_of_a_word():
     assert bars.chosen(["engine", "steps"]) == ["engine-small", "engine-medium", "engine-large", "steps"]
     with pytest.raises(LookupError, match="unknown section eng;"):
         bars.chosen(["eng"])
+
+
+@pytest.mark.parametrize("direction", md_step.DIRECTIONS)
+def test_a_step_is_gated_by_energy_and_forces(direction, monkeypatch):
+    if direction == "torch-sim step":
+        pytest.importorskip("torch_sim")
+    case = md_step.StepCase("small", 24, channels=2, elements=(1, 8))
+    row = row_of(case, direction=direction)
+    assert (row["status"], row["kind"], row["nodes"]) == ("ok", "md step", None)
+    assert set(row["errors"]) == {"energy", "forces"}
+    assert row["wall_ms"] > 0
+    right = models._reference
+    for wrong in ("energy", "forces"):
+
+        def reference(*arguments, wrong=wrong):
+            found, extra = right(*arguments)
+            return found | {wrong: 1.01 * found[wrong]}, extra
+
+        monkeypatch.setattr(models, "_reference", reference)
+        measure.forget(CPU)
+        refused = row_of(case, direction=direction)
+        assert refused["status"] == "refused"
+        assert refused["reason"].startswith(f"{wrong}: relative error")
 
 
 def test_a_run_that_broke_off_is_a_row_too(tmp_path, monkeypatch):
