@@ -187,12 +187,21 @@ def model(section: Section) -> None:
 
 
 def _of_peer(
-    section: Section, text: str, case, direction: str, peer: str, precision: str, most: float | None, key: str
+    section: Section,
+    text: str,
+    case,
+    direction: str,
+    peer: str,
+    precision: str,
+    most: float | None,
+    key: str,
+    theirs=None,
 ):
-    """A bar: our figure over the peer's FP32 one."""
+    """A bar: our figure over the peer's FP32 one. theirs: (case, direction) of the peer's row, if not ours."""
 
     def quotient() -> float:
-        return section.value(key, case, direction, OURS, precision) / section.value(key, case, direction, peer, "fp32")
+        mine = section.value(key, case, direction, OURS, precision)
+        return mine / section.value(key, *(theirs or (case, direction)), peer, "fp32")
 
     section.bar(f"{text}: ours {precision} / {peer} fp32", quotient, most=most)
 
@@ -316,9 +325,10 @@ def engine(name: str, section: Section) -> None:
         section.measure(measure.specs([ours[atoms] for atoms in sizes], [(OURS, (precision,))], [direction]))
         measure.forget(section.device)
     for atoms, peer in peers.items():
-        for precision, most in ENGINE_MOST.items():
-            _of_step(section, name, ours[atoms], peer, precision, most, "gpu_ms", "GPU time")
-        _of_step(section, name, ours[atoms], peer, "fp32", 0.5, "peak_mib", "peak memory")
+        limits = [("GPU time", "gpu_ms", precision, most) for precision, most in ENGINE_MOST.items()]
+        for what, key, precision, most in (*limits, ("peak memory", "peak_mib", "fp32", 0.5)):
+            text, row = f"engine {name} {atoms}, {what}", (peer, theirs)
+            _of_peer(section, text, ours[atoms], direction, "cueq", precision, most, key, row)
     for atoms in (24, 192):
         for key, most in (("gpu_ms", 1.0), ("nodes", 60), ("launches", None)):
             value = functools.partial(section.value, key, ours[atoms], direction, OURS, "fp32")
@@ -346,14 +356,6 @@ def sizes(name: str, section: Section) -> None:
         for peer in ("cueq", "e3nn") if atoms in E3NN_SIZES else ("cueq",):
             text = f"step {name} {atoms}, wall time"
             section.ratio(text, case, direction, peer, "fp32", None, key="wall_ms")
-
-
-def _of_step(section: Section, name: str, case, peer, precision: str, most: float, key: str, what: str) -> None:
-    def quotient() -> float:
-        mine = section.value(key, case, md_step.DIRECTIONS[1], OURS, precision)
-        return mine / section.value(key, peer, models.DIRECTIONS[0], "cueq", "fp32")
-
-    section.bar(f"engine {name} {case.atoms}, {what}: ours {precision} / cueq fp32", quotient, most=most)
 
 
 def _per_atom(section: Section, name: str, cases: dict, direction: str) -> None:
