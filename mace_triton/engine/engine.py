@@ -266,7 +266,7 @@ class Engine:
 
     def _allocate(self, pairs: Candidates, near: int, alone: int) -> None:
         """Buffers with room for `near` edges out of these pairs; the graph that used the old ones is gone."""
-        self._graph = self._chain = None
+        self._graph, self._chain, self._parts = None, None, ()
         self.capacity = max(bucket(near), self.capacity)
         self._twins = -(-self._pair_places(alone) // 128) * 128
         self.idle = max(1, -(-(self.capacity - near) // PAD))
