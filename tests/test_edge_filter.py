@@ -116,7 +116,9 @@ def test_a_full_list_has_half_as_many_pairs(dtype, device):
     found = candidates(x[:28].double(), cells, periodic, [28], 3.0)
     assert (found.twin != torch.arange(len(found.twin), device=device)).all()
     near = int((neighbour_vectors(x, found).norm(dim=1) < CUTOFF).sum())
-    edges = filtered(x, padded(found, len(found.sender) + 5, dtype), near + 10, 2, places=near // 2 + 1)
+    pairs = padded(found, len(found.sender) + 5)
+    pairs = pairs._replace(shift=pairs.shift.to(dtype), unit_shift=pairs.unit_shift.to(dtype))
+    edges = filtered(x, pairs, near + 10, 2, places=near // 2 + 1)
     assert int(edges.count) == near
     check_pairs(edges, near)
     assert int(edges.pair[:near].max()) == near // 2 - 1

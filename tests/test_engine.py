@@ -268,6 +268,16 @@ def test_policies_are_those_of_the_model(precision, device, reference_path):
     assert found["engine", "energies"] <= 2 * found["model", "energies"]
 
 
+def test_a_bond_is_as_exact_far_from_the_origin(device, reference_path):
+    """FP32 positions a kilometre of atoms away would have a spacing of 6e-5 angstrom."""
+    exact, atoms = e3nn_model("mp-medium", device), mm.random_structures(SMALL["elements"], seed=4)[0]
+    want = mm.evaluate(exact, mm.batch_of(exact, [atoms]))["forces"]
+    found = Engine(fast_model("mp-medium", device, "fp32"), atoms)
+    for far in (0.0, 1000.0):
+        got = found.step(atoms.positions + far).forces
+        assert rms(got - want) < 3e-6 * rms(want)
+
+
 def test_a_line_says_what_takes_maces_forward(device, reference_path, caplog):
     structures = mm.random_structures(SMALL["elements"], seed=1)
     for name, lines in (("mp-small", 0), ("nonlinear", 1)):

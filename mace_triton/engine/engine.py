@@ -126,7 +126,7 @@ class Engine:
         self._sent = torch.empty(self.atoms, 3, **pinned)
         systems = len(self.sizes)
         self._system = torch.arange(systems).repeat_interleave(torch.tensor(self.sizes)).to(self.device)
-        self._reach = torch.empty(1, dtype=self.dtype, device=self.device)
+        self._reach = torch.empty(1, dtype=torch.float64, device=self.device)
         self._per_volume = torch.empty(systems, 1, 1, dtype=torch.float64, device=self.device)
         self._got = torch.empty(systems + 4 * self.atoms + (9 * systems if stress else 0) + 2, **pinned)
 
@@ -222,7 +222,7 @@ class Engine:
         if full or self._pair_places(alone) > self._twins or not hold(self._parts, pairs.ptr):
             self._allocate(pairs, near, alone)
         else:
-            fitting = neighbours.padded(pairs, self._pairs.sender.shape[0], self.dtype)
+            fitting = neighbours.padded(pairs, self._pairs.sender.shape[0])
             for old, new in zip(self._pairs, fitting, strict=True):
                 old.copy_(new)
             self._set_cells(self._data)
@@ -270,7 +270,7 @@ class Engine:
         self.capacity = max(bucket(near), self.capacity)
         self._twins = -(-self._pair_places(alone) // 128) * 128
         self.idle = max(1, -(-(self.capacity - near) // PAD))
-        self._pairs = neighbours.padded(pairs, bucket(pairs.sender.shape[0]), self.dtype)
+        self._pairs = neighbours.padded(pairs, bucket(pairs.sender.shape[0]))
         self._perm = torch.arange(self.capacity, dtype=torch.int32, device=self.device)
         self._data = self._batch()
         self._species = species.species_plan(self._data["node_attrs"])
@@ -282,7 +282,8 @@ class Engine:
             self._parts = self._shared_out(pairs)
             self._write_out = partial(Chain, self.model, self._data, self._species, heads.index(self.head), self._parts)
             self._chain = None if self._recording else self._write_out()  # else with all that a graph holds
-        self._was = self._data["positions"].clone()
+        self._idle = self._data["positions"][self.atoms :].double()
+        self._was = torch.cat((self.positions, self._idle))
         heads = self._data["head"][self._data["batch"]]
         e0 = self.model.atomic_energies_fn(self._data["node_attrs"]).gather(1, heads[:, None])
         self.atomic_energies = e0[: self.atoms, 0].double().cpu().numpy()
@@ -395,8 +396,8 @@ class Engine:
         self._all = torch.cat([value.double().flatten() for value in values])
 
     def _moved(self) -> torch.Tensor:
-        """Positions [N + idle, 3] in the model's dtype."""
-        return torch.cat((self.positions.to(self.dtype), self._data["positions"][self.atoms :]))
+        """Positions [N + idle, 3] in FP64, whatever the model's dtype: only their differences may be rounded."""
+        return torch.cat((self.positions, self._idle))
 
     def _edges(self, x: torch.Tensor) -> Edges:
         return edge_filter(
@@ -414,8 +415,9 @@ class Engine:
     @torch.enable_grad()
     def _by_autograd(self, x: torch.Tensor, edges: Edges) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """MACE's own forward, differentiated; the virials [N, 3, 3] are None where no stress is asked for."""
-        x, shifts = x.requires_grad_(True), edges.shifts.requires_grad_(self.stress)
-        given = {"edge_index": edges.edge_index, "shifts": shifts, "unit_shifts": edges.unit_shifts, "positions": x}
+        x = x.to(self.dtype).requires_grad_(True)
+        shifts, units = edges.shifts.to(self.dtype).requires_grad_(self.stress), edges.unit_shifts.to(self.dtype)
+        given = {"edge_index": edges.edge_index, "shifts": shifts, "unit_shifts": units, "positions": x}
         with ExitStack() as stack:
             stack.enter_context(graph.given(edges.plan(self._perm)))
             stack.enter_context(species.given(self._data["node_attrs"], self._species))

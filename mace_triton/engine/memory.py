@@ -9,12 +9,12 @@ import torch
 from ..precision import TORCH_DTYPES, storage_for
 from .shares import ROOM as SHARE_ROOM
 
-CANDIDATE_BYTES = 40
-"""Of a candidate: sender, twin, number, two vectors, a flag."""
-EDGE_NUMBERS = 43
-"""Of an edge: harmonics up to l = 3 and their gradient, vector, length and its gradient, two shifts."""
-EDGE_BYTES = 28
-"""Of an edge: sender and receiver, sender again, pair, candidate."""
+CANDIDATE_BYTES = 64
+"""Of a candidate: sender, twin, number, two vectors in FP64, a flag."""
+EDGE_NUMBERS = 37
+"""Of an edge: harmonics up to l = 3 and their gradient, vector, length and its gradient."""
+EDGE_BYTES = 108
+"""Of an edge: sender and receiver, sender again, pair, candidate; two shifts, vector and length in FP64."""
 NODE_COPIES = 1.25
 """Of features, messages and products of all layers together, gradients among them, at the peak."""
 

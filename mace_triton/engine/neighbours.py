@@ -84,9 +84,9 @@ def _pairs(finder, points: torch.Tensor, cell: torch.Tensor, wraps: torch.Tensor
         raise
 
 
-def padded(pairs: Candidates, places: int, dtype: torch.dtype) -> Candidates:
-    """The pairs in `places` places (no fewer than they need) and in `dtype`; what is behind them is zero."""
+def padded(pairs: Candidates, places: int) -> Candidates:
+    """The pairs in `places` places (no fewer than they need); what is behind them is zero."""
     spare = places - pairs.sender.shape[0]
-    rows = (torch.nn.functional.pad(t.to(dtype), (0, 0, 0, spare)) for t in (pairs.shift, pairs.unit_shift))
+    rows = (torch.nn.functional.pad(t, (0, 0, 0, spare)) for t in (pairs.shift, pairs.unit_shift))
     sender, twin = (torch.nn.functional.pad(t, (0, spare)) for t in (pairs.sender, pairs.twin))
     return Candidates(pairs.ptr, sender, *rows, twin)
