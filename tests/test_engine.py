@@ -269,7 +269,7 @@ def test_policies_are_those_of_the_model(precision, device, reference_path):
 
 
 def test_a_bond_is_as_exact_far_from_the_origin(device, reference_path):
-    """FP32 positions a kilometre of atoms away would have a spacing of 6e-5 angstrom."""
+    """FP32 positions 1000 angstrom away would have a spacing of 6e-5 angstrom."""
     exact, atoms = e3nn_model("mp-medium", device), mm.random_structures(SMALL["elements"], seed=4)[0]
     want = mm.evaluate(exact, mm.batch_of(exact, [atoms]))["forces"]
     found = Engine(fast_model("mp-medium", device, "fp32"), atoms)
