@@ -168,7 +168,7 @@ FULL_MODELS = ("medium", "large")
 def model(section: Section) -> None:
     """GPU time and launches of energy and forces, and the share of the blocks we replace."""
     direction = models.DIRECTIONS[0]
-    for name in ("small", *FULL_MODELS):
+    for name in MODELS:
         cases = [models.ModelCase(name, atoms) for atoms in (1536, 5184)]
         peers = [("e3nn", ("fp32",))] if name in FULL_MODELS else []
         for provider, precisions in [*peers, ("cueq", ("fp32",)), (OURS, ("fp32", "bf16"))]:

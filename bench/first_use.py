@@ -15,10 +15,9 @@ import sys
 import time
 from pathlib import Path
 
-import ase
 import torch
 
-from . import models, providers, structures, timing
+from . import md_step, models, providers, timing
 from .rows import Row
 
 
@@ -39,8 +38,7 @@ def first_use(name: str, atoms: int, provider: str, precision: str, channels: in
         models.energy_forces(model, data)
         timing.synchronize(device)
         marks.append(time.perf_counter())
-    convert, first, second = (b - a for a, b in itertools.pairwise(marks))
-    return {"convert_s": convert, "first_call_s": first, "second_call_s": second, "seconds": convert + first}
+    return _between(marks)
 
 
 def first_step(name: str, atoms: int, provider: str, precision: str, channels: int, device: torch.device) -> Row:
@@ -49,8 +47,7 @@ def first_step(name: str, atoms: int, provider: str, precision: str, channels: i
 
     if provider != "mace_triton":
         raise ValueError(f"provider {provider!r} has no engine")
-    numbers, positions, cell = structures.water(atoms)
-    water = ase.Atoms(numbers, positions, cell=cell, pbc=True)
+    water = md_step.StepCase(name, atoms).structure()
     plain = models.mp_model(name, channels).to(device)
     timing.synchronize(device)
     marks = [time.perf_counter()]
@@ -59,8 +56,13 @@ def first_step(name: str, atoms: int, provider: str, precision: str, channels: i
     engine = Engine(fast, water)
     engine.step()
     marks.append(time.perf_counter())
-    engine.step(positions + 0.01)
+    engine.step(water.positions + 0.01)
     marks.append(time.perf_counter())
+    return _between(marks)
+
+
+def _between(marks: list[float]) -> Row:
+    """Seconds of conversion, first and second call, from the four times between which they lie."""
     convert, first, second = (b - a for a, b in itertools.pairwise(marks))
     return {"convert_s": convert, "first_call_s": first, "second_call_s": second, "seconds": convert + first}
 

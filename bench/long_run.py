@@ -23,10 +23,9 @@ import numpy as np
 import torch
 
 from . import rows
+from .md_step import FRICTION, TEMPERATURE, TIME_STEP, langevin
 from .rows import Row
 
-TIME_STEP, TEMPERATURE, FRICTION = 0.5, 300.0, 0.01
-"""fs, K, 1 / fs."""
 RELAX, EQUILIBRATE, EVERY = 200, 4000, 50
 """Steps before the run, and from sample to sample."""
 BLOCKS = 10
@@ -56,17 +55,14 @@ RUNS = (
 def long_run(run: Run, steps: int, device: str, seconds: float = math.inf, precision: str = "fp32") -> Row:
     """The row of a run of so many steps, or of as many as so many seconds allow, its preparation included."""
     from ase import units
-    from ase.md.langevin import Langevin
     from ase.md.verlet import VelocityVerlet
 
     until = time.perf_counter() + seconds
     atoms = _water(run, device, precision)
-    step = TIME_STEP * units.fs
     if run.ensemble == "nve":
-        dynamics = VelocityVerlet(atoms, step)
+        dynamics = VelocityVerlet(atoms, TIME_STEP * units.fs)
     else:
-        friction, rng = FRICTION / units.fs, np.random.default_rng(2)
-        dynamics = Langevin(atoms, step, temperature_K=TEMPERATURE, friction=friction, rng=rng)
+        dynamics = langevin(atoms, np.random.default_rng(2))
     samples, memory, taken = [_sample(atoms)], [_memory(device)], 0
     began = time.perf_counter()
     while taken < steps and time.perf_counter() < until:
@@ -91,8 +87,6 @@ def long_run(run: Run, steps: int, device: str, seconds: float = math.inf, preci
 
 def _water(run: Run, device: str, precision: str):
     """Liquid water at the temperature of the run, from nothing but a seed."""
-    from ase import units
-    from ase.md.langevin import Langevin
     from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
     from ase.optimize import FIRE
 
@@ -104,8 +98,7 @@ def _water(run: Run, device: str, precision: str):
     FIRE(atoms, logfile=None, maxstep=0.05).run(fmax=0.5, steps=RELAX)
     rng = np.random.default_rng(1)
     MaxwellBoltzmannDistribution(atoms, temperature_K=TEMPERATURE, rng=rng)
-    friction = 5 * FRICTION / units.fs
-    Langevin(atoms, TIME_STEP * units.fs, temperature_K=TEMPERATURE, friction=friction, rng=rng).run(EQUILIBRATE)
+    langevin(atoms, rng, 5 * FRICTION).run(EQUILIBRATE)
     Stationary(atoms)
     return atoms
 

@@ -147,12 +147,17 @@ def calculator(name: str, channels: int, elements: tuple, provider: str, precisi
 
 def _dynamics(atoms: ase.Atoms) -> Callable[[], object]:
     """One step of Langevin dynamics, always from where the last one ended."""
-    from ase import units
-    from ase.md.langevin import Langevin
     from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 
     rng = np.random.default_rng(0)
     MaxwellBoltzmannDistribution(atoms, temperature_K=TEMPERATURE, rng=rng)
-    friction = FRICTION / units.fs
-    dynamics = Langevin(atoms, TIME_STEP * units.fs, temperature_K=TEMPERATURE, friction=friction, rng=rng)
-    return dynamics.step
+    return langevin(atoms, rng).step
+
+
+def langevin(atoms: ase.Atoms, rng: np.random.Generator, friction: float = FRICTION):
+    """ASE's Langevin dynamics at the temperature of all benches; friction in 1 / fs."""
+    from ase import units
+    from ase.md.langevin import Langevin
+
+    step, friction = TIME_STEP * units.fs, friction / units.fs
+    return Langevin(atoms, step, temperature_K=TEMPERATURE, friction=friction, rng=rng)

@@ -18,7 +18,6 @@ from bench import (
     blocks,
     edge_block,
     first_use,
-    long_run,
     md_step,
     measure,
     models,
@@ -376,34 +375,6 @@ def test_first_step_times_conversion_and_engine():
         first_use.first_step("small", 24, "e3nn", "fp32", 2, CPU)
 
 
-@pytest.mark.parametrize("run", [long_run.Run("nve", 2), long_run.Run("nvt", 2, True)])
-def test_a_long_run_reports_what_it_did(run, monkeypatch):
-    for name, value in (("RELAX", 1), ("EQUILIBRATE", 2), ("EVERY", 2)):
-        monkeypatch.setattr(long_run, name, value)
-    found = long_run.long_run(run, 5, "cpu")
-    assert (found["steps"], found["atoms"], found["finite"]) == (5, 24, True)
-    assert found["rebuilds"] >= 1
-    assert found["memory_bytes"]["end"]["host"] >= found["memory_bytes"]["start"]["host"] > 0
-    again = long_run.long_run(run, 5, "cpu")
-    assert long_run.same_bits([row | {"status": "ok"} for row in (found, again)]) == (
-        True if run.deterministic else None
-    )
-    assert long_run.long_run(run, 5, "cpu", seconds=0.0)["steps"] == 0
-
-
-def test_drift_and_temperature_of_known_samples():
-    step = 1e-6 * long_run.TIME_STEP * long_run.EVERY  # ns
-    count = np.arange(200)
-    energy = 7.0 + 24 * 1e-3 * (3.0 * step * count + 0.01 * (-1.0) ** count)  # 3 meV an atom and ns, and a scatter
-    samples = np.stack((energy, 300 + 5 * (-1.0) ** count, np.ones(200)), axis=1)
-    found = long_run._figures(samples, 24)
-    assert found["drift_meV_per_atom_ns"] == pytest.approx(3.0, rel=0.03)  # the scatter itself leans a little
-    assert found["scatter_meV_per_atom"] == pytest.approx(0.01, rel=0.02)
-    assert found["temperature_K"] == pytest.approx(300)
-    assert found["temperature_error_K"] == pytest.approx(0, abs=1e-9)
-    assert not long_run._figures(np.where(np.eye(200, 3) > 0, np.nan, samples), 24)["finite"]
-
-
 def test_the_median_call_counts_in_a_profile():
     calls = [[("a", 1.0), ("b", 2.0)], [("a", 9.0), ("b", 9.0)], [("a", 1.1), ("b", 2.0)]]
     found = [(10.0 * i + k, name, ms) for i, call in enumerate(calls) for k, (name, ms) in enumerate(call)]
@@ -442,35 +413,6 @@ def test_a_step_is_gated_by_energy_and_forces(direction, monkeypatch):
         refused = row_of(case, direction=direction)
         assert refused["status"] == "refused"
         assert refused["reason"].startswith(f"{wrong}: relative error")
-
-
-def test_a_run_that_broke_off_is_a_row_too(tmp_path, monkeypatch):
-    run = long_run.RUNS[0]
-    assert long_run._row_of(run, 'a warning\n{"steps": 3}\n', "") == {"steps": 3, "status": "ok"}
-    failed = long_run._row_of(run, "", "Traceback\nRuntimeError: lost the card\n")
-    assert (failed["status"], failed["reason"], failed["side"]) == ("failed", "RuntimeError: lost the card", 4)
-    asked = []
-
-    class Process:
-        def __init__(self, command, **_):
-            asked.append(dict(word.removeprefix("--").split("=") for word in command[3:]))
-
-        def communicate(self):
-            return json.dumps({"run": "x", "gpu": 1}), ""
-
-    monkeypatch.setattr(long_run.rows, "environment", lambda device: {"card": str(device)})
-    monkeypatch.setattr(long_run.subprocess, "Popen", Process)
-    found = long_run.side_by_side(long_run.RUNS, {False: 7, True: 5}, 9.0, tmp_path / "long.json", "cpu")
-    assert len(found) == len(long_run.RUNS) == len(json.loads((tmp_path / "long.json").read_text())["rows"])
-    assert {(words["run"], words["steps"]) for words in asked} >= {("nve-192-0", "7"), ("nvt-192-deterministic-1", "5")}
-
-
-def test_same_bits_of_runs_that_differ():
-    one = {"deterministic": True, "status": "ok", "steps": 5, "digest": "a"}
-    assert long_run.same_bits([one, one]) is True
-    assert long_run.same_bits([one, one | {"digest": "b"}]) is False
-    for other in (one | {"steps": 4}, one | {"status": "failed"}, one | {"deterministic": False}):
-        assert long_run.same_bits([one, other]) is None
 
 
 def test_first_use_times_conversion_and_first_call():
