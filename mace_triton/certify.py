@@ -145,9 +145,16 @@ def _batch(model: torch.nn.Module, atoms: ase.Atoms, head: str | None, dtype: to
 
 
 def graph_of(
-    model: torch.nn.Module, atoms: ase.Atoms, head: str | None, dtype: torch.dtype, keys: KeySpecification | None = None
+    model: torch.nn.Module,
+    atoms: ase.Atoms,
+    head: str | None,
+    dtype: torch.dtype,
+    keys: KeySpecification | None = None,
+    cutoff: float | None = None,
 ) -> AtomicData:
     """MACE's graph of one structure. keys: where charges and the like lie; None: where MACECalculator looks for them.
+
+    cutoff: angstrom, up to which edges are looked for; None: the model's.
 
     Raises ValueError for an unknown head and for what `check_structure` refuses.
     """
@@ -158,7 +165,7 @@ def graph_of(
     keys = keys or KeySpecification(dict(_READ_FROM_INFO), {"charges": "Qs"})
     with default_dtype(dtype):
         config = config_from_atoms(atoms, keys, head_name=head)
-        return AtomicData.from_config(config, z_table=table, cutoff=float(model.r_max), heads=heads)
+        return AtomicData.from_config(config, z_table=table, cutoff=cutoff or float(model.r_max), heads=heads)
 
 
 def check_structure(atoms: ase.Atoms, known: list[int]) -> None:

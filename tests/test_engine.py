@@ -250,7 +250,8 @@ def test_weights_that_change_are_noticed(device, reference_path):
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 def test_policies_are_those_of_the_model(precision, device, reference_path):
     """As far from FP64 as the model's own forward: edges lie in another order here, and a rounding that falls the other
-    way moves all that follows, so the two differ from each other by as much. Energies are added up in FP64."""
+    way moves all that follows, so the two differ from each other by as much. Energies are added up in FP64. In FP32 the
+    engine is nearer: it rounds differences of positions, MACE the positions, and that is most of the model's error."""
     errors = {key: [] for key in itertools.product(("engine", "model"), ("forces", "energies"))}
     exact = e3nn_model("mp-medium", device, channels=64)
     fast = fast_model("mp-medium", device, precision, channels=64)
@@ -264,7 +265,8 @@ def test_policies_are_those_of_the_model(precision, device, reference_path):
         assert got.energy.dtype == torch.float64
         close(got.energy, got.energies.sum()[None], 1e-14, "energy")
     found = {key: rms(torch.cat(parts)) for key, parts in errors.items()}
-    assert found["model", "forces"] / 2 <= found["engine", "forces"] <= 2 * found["model", "forces"]
+    least = found["model", "forces"] / (8 if precision == "fp32" else 2)
+    assert least <= found["engine", "forces"] <= 2 * found["model", "forces"]
     assert found["engine", "energies"] <= 2 * found["model", "energies"]
 
 
