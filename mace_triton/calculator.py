@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import suppress
 from glob import glob
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from . import checks
 from .certify import Certificate, certify, pick_head, single_point
 from .convert import accelerate, load_model
 from .engine import Engine, Results
+from .engine.compiling import noted, together
 from .models import load_water
 from .precision import Precision
 
@@ -66,6 +69,7 @@ class MACETritonCalculator(MACECalculator):
         self.skin = skin
         self.engines: list[Engine] = []
         self._asked: tuple[bytes, bytes] | None = None
+        self._compiled = self.device.type != "cuda"
 
     def __getstate__(self) -> dict:
         """Engines stay behind: a CUDA graph can be neither copied nor pickled, and is made again when it is wanted."""
@@ -74,6 +78,7 @@ class MACETritonCalculator(MACECalculator):
     def calculate(self, atoms=None, properties=None, system_changes=all_changes):
         """Energy, forces and stress (eV, angstrom), and the energies of the atoms, as `MACECalculator` gives them."""
         if not self._engine_serves(atoms):
+            self._compile(atoms)
             super().calculate(atoms, properties, system_changes)
             return
         Calculator.calculate(self, atoms)
@@ -89,6 +94,16 @@ class MACETritonCalculator(MACECalculator):
         self.results["free_energy"] = self.results["energy"]
         self.results["energies"] = energies.mean(axis=0) * self.energy_units_to_eV
         self.results["node_energy"] = self.results["energies"] - self.engines[0].atomic_energies
+
+    def _compile(self, atoms: ase.Atoms) -> None:
+        """Before MACE's forward first runs, compile side by side what it and its derivatives run."""
+        if self._compiled:
+            return
+        self._compiled = True
+        # Of a copy: what a model keeps of its weights would never be written. An error comes again, in the step itself.
+        with noted() as jobs, suppress(Exception), torch.autograd.set_multithreading_enabled(False):
+            single_point(copy.deepcopy(self.models[0]), atoms, head=self.head)
+        together(jobs)
 
     @property
     def runs_on_engine(self) -> bool:

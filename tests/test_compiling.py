@@ -6,9 +6,11 @@ import mace_models as mm
 import pytest
 import torch
 from test_engine import check
-from test_mace_parity import SMALL, e3nn_model, fast_model
+from test_mace_parity import EXACT, SMALL, close, e3nn_model, fast_model
 from triton.runtime.jit import JITFunction
 
+import mace_triton as mt
+from mace_triton import calculator
 from mace_triton.engine import Engine, compiling, engine
 
 pytestmark = pytest.mark.torchscript
@@ -94,3 +96,23 @@ def test_an_engine_notes_its_kernels(device, monkeypatch):
     assert noted[0] > 3
     check(Engine(fast, structures), model, structures)
     assert len(noted) == 1  # all were compiled
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="without a GPU nothing is compiled")
+def test_a_calculators_first_step_compiles_side_by_side(device, monkeypatch):
+    """Forward and way back: the step itself meets no kernel that is not compiled."""
+    noted, met, compile_now = [], [], JITFunction._do_compile
+    monkeypatch.setattr(calculator, "together", lambda jobs: noted.append(len(jobs)) or compiling.together(jobs))
+    model, atoms = e3nn_model("mp-medium", device, channels=13), mm.random_structures(SMALL["elements"], seed=1)[0]
+    want = mm.evaluate(model, mm.batch_of(model, [atoms]))
+    atoms.calc = mt.MACETritonCalculator(model, precision="fp64", device="cuda")
+    monkeypatch.setattr(
+        JITFunction, "_do_compile", lambda self, *how: met.append(self.__name__) or compile_now(self, *how)
+    )
+    close(torch.tensor(atoms.get_forces(), device=device), want["forces"], EXACT, "forces")
+    assert len(noted) == 1
+    assert sum("_bwd" in name for name in met) > 1
+    assert len(met) == noted[0]  # each once, in `together`
+    atoms.rattle(0.01)
+    atoms.get_forces()
+    assert len(noted) == 1

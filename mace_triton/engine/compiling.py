@@ -18,8 +18,9 @@ Jobs = dict[tuple, Callable[[], object]]
 def noted() -> Iterator[Jobs]:
     """Inside, kernels that this thread launches and that are not compiled yet are noted instead, and do not run.
 
-    What they would have written stays as it was, so nothing may read an address out of it. Nothing is noted, and
-    kernels compile as they are met, where this version of Triton compiles in another way.
+    What they would have written stays as it was, so nothing may read an address out of it. PyTorch's way back runs in
+    threads of its own unless `torch.autograd.set_multithreading_enabled(False)`. Nothing is noted, and kernels compile
+    as they are met, where this version of Triton compiles in another way.
     """
     jobs: Jobs = {}
     own, compile_now = threading.get_ident(), getattr(JITFunction, "_do_compile", None)

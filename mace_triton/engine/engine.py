@@ -323,7 +323,7 @@ class Engine:
     def _unread(self, atoms: ase.Atoms) -> float:
         """A cutoff for edges that nobody reads: with about an atom in each of its cubes they are soon found.
 
-        Where a direction is not periodic the box that MACE puts around the atoms hangs on it, so there it is the model's.
+        Where a direction is not periodic the box that MACE puts around the atoms depends on it: it is the model's then.
         """
         return min(self.cutoff, (atoms.cell.volume / len(atoms)) ** (1 / 3)) if atoms.pbc.all() else self.cutoff
 
