@@ -256,16 +256,22 @@ def compile_(section: Section) -> None:
 
 
 def first(section: Section) -> None:
-    """First step of an engine in a fresh process: without and with a warm Triton cache."""
+    """First step of an engine, and of ASE's dynamics, in a fresh process: without and with a warm Triton cache."""
     for name in ("medium", "large"):
+        for what in ("engine", "ase"):
+            with tempfile.TemporaryDirectory() as cache:
+                for state, most in (("cold", 20.0), ("warm", 3.0)):
+                    row = _first_use(section, Path(cache), name, OURS, state, what)
+                    text = f"{row['direction']} {name}, {state}: seconds"
+                    section.bar(text, lambda row=row: _seconds(row), most=most)
+    for provider in ("cueq", "e3nn"):
         with tempfile.TemporaryDirectory() as cache:
-            for state, most in (("cold", 20.0), ("warm", 3.0)):
-                row = _first_use(section, Path(cache), name, OURS, state, "step")
-                section.bar(f"first step {name}, {state}: seconds", lambda row=row: _seconds(row), most=most)
+            row = _first_use(section, Path(cache), "medium", provider, "any cache", "ase")
+        section.bar(f"{row['direction']} medium, {provider}: seconds", lambda row=row: _seconds(row))
 
 
 def _first_use(section: Section, cache: Path, name: str, provider: str, state: str, what: str = "model") -> Row:
-    direction = {"model": "first use", "step": "first step"}[what]
+    direction = first_use.WHAT[what][0]
     row = measure.describe(measure.Spec(models.ModelCase(name, 192), provider, "fp32", direction, state))
     row["kind"] = "first use"
     return section.add(measure.guarded(row, lambda: first_use.in_fresh_process(cache, name, 192, provider, what=what)))
@@ -277,36 +283,51 @@ def _seconds(row: Row) -> float:
     return float(row["seconds"])
 
 
-def steps(section: Section) -> None:
-    """A step of ASE's Langevin dynamics, mp-medium, as a user of MACECalculator with cuEquivariance sees it."""
+SIZES = (24, 81, 192, 648, 1536, 5184, 13824, 41472)
+E3NN_SIZES = SIZES[:5]
+"""Plain e3nn takes half a second a step there, and the card's memory soon after."""
+STEPS_LEAST = dict.fromkeys((192, 1536, 5184), 25.0)
+"""Atoms -> how many times longer MACECalculator with cuEquivariance takes for a step of mp-medium."""
+
+
+def steps(name: str, section: Section) -> None:
+    """A step of ASE's Langevin dynamics at every size, beside MACECalculator's with cuEquivariance and with e3nn."""
     direction = md_step.DIRECTIONS[0]
-    cases = [md_step.StepCase("medium", atoms) for atoms in (192, 1536, 5184)]
-    for provider, precision, least in (("cueq", "fp32", None), (OURS, "fp32", 25.0), (OURS, "bf16", None)):
-        section.measure(measure.specs(cases, [(provider, (precision,))], [direction]))
+    cases = {atoms: md_step.StepCase(name, atoms) for atoms in SIZES}
+    compared = {"cueq": SIZES, "e3nn": E3NN_SIZES}
+    for provider, precision in (("cueq", "fp32"), *((OURS, p) for p in ("fp32", "bf16", "tf32")), ("e3nn", "fp32")):
+        atoms = compared.get(provider, SIZES)
+        section.measure(measure.specs([cases[n] for n in atoms], [(provider, (precision,))], [direction]))
         measure.forget(section.device)
-        for case in cases if provider == OURS else ():
-            text = f"step medium {case.atoms}, wall time"
-            section.ratio(text, case, direction, "cueq", precision, least, key="wall_ms")
+        mine, peer = (precision, "cueq") if provider == OURS else ("fp32", provider)
+        for n in atoms if (provider, precision) != ("cueq", "fp32") else ():
+            least = STEPS_LEAST.get(n) if (name, peer, mine) == ("medium", "cueq", "fp32") else None
+            section.ratio(f"step {name} {n}, wall time", cases[n], direction, peer, mine, least, key="wall_ms")
 
 
-def graphs(section: Section) -> None:
-    """A step on a state that stays on the device, mp-medium: ours against cuEquivariance compiled with CUDA graphs."""
+GRAPHS_LEAST = {192: 7.0, 1536: 5.0, 5184: 4.0}
+"""Atoms -> how many times longer cuEquivariance with CUDA graphs takes for a torch-sim step of mp-medium."""
+
+
+def graphs(name: str, section: Section) -> None:
+    """A step on a state that stays on the device: ours against cuEquivariance compiled with CUDA graphs."""
     direction, compiled = md_step.DIRECTIONS[1], "reduce-overhead"
-    cases = {atoms: md_step.StepCase("medium", atoms) for atoms in (192, 1536, 5184)}
+    cases = {atoms: md_step.StepCase(name, atoms) for atoms in (GRAPHS_LEAST if name == "medium" else (1536,))}
     for precision in ("fp32", "bf16"):
         section.measure(measure.specs(cases.values(), [(OURS, (precision,))], [direction]))
         measure.forget(section.device)
-    for atoms, least in ((192, 7.0), (1536, 5.0), (5184, 4.0)):
-        section.measure(measure.specs([cases[atoms]], [("cueq", ("fp32",))], [direction], compiled))
+    for atoms, case in cases.items():
+        section.measure(measure.specs([case], [("cueq", ("fp32",))], [direction], compiled))
         measure.forget(section.device)
-        for precision, bar in (("fp32", least), ("bf16", None)):
+        for precision in ("fp32", "bf16"):
 
-            def quotient(case=cases[atoms], precision=precision) -> float:
+            def quotient(case=case, precision=precision) -> float:
                 theirs = section.value("wall_ms", case, direction, "cueq", "fp32", compiled)
                 return theirs / section.value("wall_ms", case, direction, OURS, precision)
 
-            text = f"torch-sim step medium {atoms}, wall time: cueq fp32 with CUDA graphs / ours {precision}"
-            section.bar(text, quotient, least=bar)
+            text = f"torch-sim step {name} {atoms}, wall time: cueq fp32 with CUDA graphs / ours {precision}"
+            least = GRAPHS_LEAST[atoms] if (name, precision) == ("medium", "fp32") else None
+            section.bar(text, quotient, least=least)
 
 
 ENGINE_MOST = {"fp32": 1 / 3, "bf16": 1 / 4.5}
@@ -336,28 +357,6 @@ def engine(name: str, section: Section) -> None:
     _per_atom(section, name, ours, direction)
 
 
-SIZES = (24, 81, 192, 648, 1536, 5184, 13824, 41472)
-E3NN_SIZES = SIZES[:5]
-"""Plain e3nn takes half a second a step there, and the card's memory soon after."""
-
-
-def sizes(name: str, section: Section) -> None:
-    """A step of ASE's Langevin dynamics at every size and precision, beside MACECalculator's, plain and with cuEq."""
-    direction = md_step.DIRECTIONS[0]
-    cases = {atoms: md_step.StepCase(name, atoms) for atoms in SIZES}
-    for provider, precision, atoms in (
-        *((OURS, precision, SIZES) for precision in ("fp32", "tf32", "bf16")),
-        ("cueq", "fp32", SIZES),
-        ("e3nn", "fp32", E3NN_SIZES),
-    ):
-        section.measure(measure.specs([cases[n] for n in atoms], [(provider, (precision,))], [direction]))
-        measure.forget(section.device)
-    for atoms, case in cases.items():
-        for peer in ("cueq", "e3nn") if atoms in E3NN_SIZES else ("cueq",):
-            text = f"step {name} {atoms}, wall time"
-            section.ratio(text, case, direction, peer, "fp32", None, key="wall_ms")
-
-
 def _per_atom(section: Section, name: str, cases: dict, direction: str) -> None:
     """Microseconds of GPU time an atom; from 5184 atoms on it should stay the same."""
 
@@ -372,6 +371,31 @@ def _per_atom(section: Section, name: str, cases: dict, direction: str) -> None:
     section.bar(text, lambda: max(map(cost, large)) / min(map(cost, large)), most=1.2)
 
 
+BOXES = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Of 5184 atoms in the systems that are tried."""
+
+
+def largest(section: Section) -> None:
+    """The largest system of mp-medium that a step fits on this card for."""
+    found = {provider: _largest(section, "medium", provider) for provider in ("cueq", OURS)}
+    for provider, atoms in found.items():
+        section.bar(f"largest system, medium, {provider} fp32: atoms", lambda atoms=atoms: atoms)
+    section.bar("largest system, medium: ours / cueq", lambda: found[OURS] / found["cueq"])
+
+
+def _largest(section: Section, name: str, provider: str) -> int:
+    """Atoms of the largest system that a step ran for; those that are tried get larger until one does not."""
+    most, direction = 0, md_step.DIRECTIONS[1]
+    for boxes in BOXES:
+        spec = measure.Spec(md_step.StepCase(name, boxes * md_step.UNIT), provider, "fp32", direction)
+        row = section.add(measure.measure(spec, section.device) | {"kind": "largest"})
+        if row["status"] != "ok":
+            break
+        most = spec.case.atoms
+    measure.forget(section.device)
+    return most
+
+
 SECTIONS: dict[str, Callable[[Section], None]] = {
     "conv": conv,
     "linear": linear,
@@ -382,10 +406,12 @@ SECTIONS: dict[str, Callable[[Section], None]] = {
     "memory": memory,
     "compile": compile_,
     "first": first,
-    "steps": steps,
-    "graphs": graphs,
-    **{f"engine-{name}": functools.partial(engine, name) for name in MODELS},
-    **{f"sizes-{name}": functools.partial(sizes, name) for name in MODELS},
+    **{
+        f"{word}-{name}": functools.partial(section, name)
+        for word, section in (("engine", engine), ("steps", steps), ("graphs", graphs))
+        for name in MODELS
+    },
+    "largest": largest,
 }
 
 

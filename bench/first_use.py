@@ -1,7 +1,8 @@
 """How long the first use of a model takes: `python -m bench.first_use` in a fresh process prints one line of JSON.
 
-The clock runs from accelerate() to the end of the first energy and forces, of the model or of an engine (`--what
-step`). Imports, the device's context and the making of the e3nn model lie before it: any provider pays for them.
+The clock runs from the conversion to the end of the first energy and forces of the model; of an engine (`--what
+engine`); or of the first step of ASE's Langevin dynamics (`--what ase`). Imports, the device's context and the making
+of the e3nn model lie before it: any provider pays for them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from . import md_step, models, providers, timing
@@ -61,17 +63,40 @@ def first_step(name: str, atoms: int, provider: str, precision: str, channels: i
     return _between(marks)
 
 
+def first_ase_step(name: str, atoms: int, provider: str, precision: str, channels: int, device: torch.device) -> Row:
+    """The same for ASE's Langevin dynamics with a provider's calculator; the first call is the first whole step."""
+    import mace_triton  # noqa: F401  an import, not a first use
+
+    water = md_step.StepCase(name, atoms).structure()
+    models.mp_model(name, channels)
+    torch.zeros(1, device=device)
+    marks = [time.perf_counter()]
+    water.calc = md_step.calculator(name, channels, models.ELEMENTS, provider, precision, device)
+    timing.synchronize(device)
+    marks.append(time.perf_counter())
+    dynamics = md_step.langevin(water, np.random.default_rng(0))
+    for _ in range(2):
+        dynamics.run(1)
+        marks.append(time.perf_counter())
+    return _between(marks)
+
+
 def _between(marks: list[float]) -> Row:
     """Seconds of conversion, first and second call, from the four times between which they lie."""
     convert, first, second = (b - a for a, b in itertools.pairwise(marks))
     return {"convert_s": convert, "first_call_s": first, "second_call_s": second, "seconds": convert + first}
 
 
-WHAT = {"model": first_use, "step": first_step}
+WHAT = {
+    "model": ("first use", first_use),
+    "engine": ("first step", first_step),
+    "ase": ("first Langevin step", first_ase_step),
+}
+"""What is asked for -> its name in the results, and the function."""
 
 
 def in_fresh_process(cache: Path, name: str, atoms: int, provider: str, precision: str = "fp32", **options) -> Row:
-    """Run `first_use`, or with what="step" `first_step`, in a new process whose Triton cache is the folder `cache`.
+    """Run one of `WHAT` (what="model") in a new process whose Triton cache is the folder `cache`.
 
     Raises RuntimeError with the end of its error output when it fails.
     """
@@ -94,7 +119,7 @@ def main() -> None:
     parser.add_argument("--what", default="model", choices=sorted(WHAT))
     a = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(json.dumps(WHAT[a.what](a.model, a.atoms, a.provider, a.precision, a.channels, device)))
+    print(json.dumps(WHAT[a.what][1](a.model, a.atoms, a.provider, a.precision, a.channels, device)))
 
 
 if __name__ == "__main__":

@@ -28,8 +28,23 @@ SKIN = 1.0
 """Angstrom, of our calculator's engine."""
 STEPS, FEW_STEPS, SLOW_MS = 21, 5, 300
 """Of so many steps the median is taken; of few where one takes longer than so many milliseconds."""
-REPEATED = {13824: (1536, (3, 3, 1)), 41472: (5184, (2, 2, 2))}
-"""Boxes that are so many copies of a smaller one: their forces are its, and plain e3nn need not fit on the card."""
+UNIT = 5184
+"""Atoms of the largest box that is not copies of a smaller one."""
+
+
+def unit_of(atoms: int) -> tuple[int, tuple[int, ...]]:
+    """A box, and its copies along each edge, that make up so many atoms: a large system's forces are then those of the
+    box, and plain e3nn need not fit on the card for it. Raises ValueError where there is none.
+    """
+    unit = next((n for n in (atoms, UNIT, 1536) if n <= UNIT and atoms % n == 0), atoms)
+    copies, left = [1, 1, 1], atoms // unit
+    for factor in (2, 3):
+        while left % factor == 0:
+            copies[copies.index(min(copies))] *= factor
+            left //= factor
+    if unit > UNIT or left > 1:
+        raise ValueError(f"atoms: {atoms} are no few copies of a box of at most {UNIT}")
+    return unit, tuple(copies)
 
 
 @dataclass(frozen=True)
@@ -43,7 +58,7 @@ class StepCase:
     block: str = "md step"
 
     def structure(self) -> ase.Atoms:
-        unit, copies = REPEATED.get(self.atoms, (self.atoms, (1, 1, 1)))
+        unit, copies = unit_of(self.atoms)
         numbers, positions, cell = structures.water(unit)
         return ase.Atoms(numbers, positions, cell=cell, pbc=True).repeat(copies)
 
@@ -62,7 +77,7 @@ class StepCase:
         if peak is None:
             first()
         found, step, own = made
-        unit = REPEATED.get(self.atoms, (self.atoms,))[0]
+        unit, _ = unit_of(self.atoms)
         case = models.ModelCase(self.name, unit, self.channels, self.elements)
         expected, extra = models._reference(case, models.DIRECTIONS[0], device)
         copies = self.atoms // unit
@@ -73,7 +88,8 @@ class StepCase:
         errors = blocks.gate(found, wanted, dict.fromkeys(wanted, models.TOLERANCE[precision]))
         kept = {"reference": extra, "peak_mib": None if peak is None else peak - own / 2**20}
         if provider == "mace_triton":
-            kept["nodes"] = _nodes(face.engines if ase_face else [engine for _, engine in face._engines], device)
+            engines = face.engines if ase_face else [engine for _, engine in face._engines]
+            kept |= {"nodes": _nodes(engines, device), "shares": max(engine.shares for engine in engines)}
         return Prepared({direction: [step]}, {}, {}, errors, kept)
 
 

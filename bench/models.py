@@ -167,7 +167,7 @@ def _bytes(model: torch.nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _reference(case: ModelCase, direction: str, device: torch.device) -> tuple[dict[str, Tensor], str]:
     """Result of plain e3nn on the CPU, and its precision: FP64, or FP32 where FP64 does not fit on the card."""
     for precision in ("fp64", "fp32"):

@@ -131,13 +131,13 @@ def model_table(rows: list[Row]) -> Iterator[str]:
 
 
 def first_use_table(rows: list[Row]) -> Iterator[str]:
-    """Seconds until the first energy and forces, in a fresh process."""
-    head = ("model", "atoms", "provider", "cache", "seconds", "conversion", "first call", "second call")
+    """Seconds until the first energy and forces, or until the first step is done, in a fresh process."""
+    head = ("model", "atoms", "what", "provider", "cache", "seconds", "conversion", "first call", "second call")
     keys = ("seconds", "convert_s", "first_call_s", "second_call_s")
     lines = []
     for row in rows:
         figures = [number(row.get(key)) for key in keys] if row["status"] == "ok" else [str(row["reason"]), "", "", ""]
-        lines.append([row["case"], row["atoms"], row["provider"], row["variant"], *figures])
+        lines.append([*(row[key] for key in ("case", "atoms", "direction", "provider", "variant")), *figures])
     yield from table(head, lines)
 
 
@@ -246,6 +246,7 @@ def _ok(row: Row) -> bool:
 
 KINDS = {
     "md step": ("Steps of molecular dynamics, in ASE and on the device", step_table),
+    "largest": ("The largest system that fits", step_table),
     "memory": ("Peak memory of whole models", memory_table),
     "first use": ("First use of a model, in a fresh process", first_use_table),
 }

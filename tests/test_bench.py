@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -371,6 +372,10 @@ def test_first_step_times_conversion_and_engine():
     found = first_use.first_step("small", 24, "mace_triton", "fp32", 2, CPU)
     assert found["seconds"] == found["convert_s"] + found["first_call_s"]
     assert min(found.values()) > 0
+    for provider in ("mace_triton", "e3nn"):
+        found = first_use.first_ase_step("small", 24, provider, "fp32", 2, CPU)
+        assert found["seconds"] == found["convert_s"] + found["first_call_s"]
+        assert min(found.values()) > 0
     with pytest.raises(ValueError, match="has no engine"):
         first_use.first_step("small", 24, "e3nn", "fp32", 2, CPU)
 
@@ -387,9 +392,59 @@ def test_the_median_call_counts_in_a_profile():
 
 def test_sections_of_a_word():
     assert bars.chosen(["conv"]) == ["conv"]
-    assert bars.chosen(["engine", "steps"]) == ["engine-small", "engine-medium", "engine-large", "steps"]
+    assert bars.chosen(["engine", "largest"]) == ["engine-small", "engine-medium", "engine-large", "largest"]
     with pytest.raises(LookupError, match="unknown section eng;"):
         bars.chosen(["eng"])
+
+
+def test_boxes_that_are_copies_of_smaller_ones():
+    assert md_step.unit_of(24) == (24, (1, 1, 1))
+    assert md_step.unit_of(13824) == (1536, (3, 3, 1))
+    for boxes in bars.BOXES:
+        unit, copies = md_step.unit_of(boxes * md_step.UNIT)
+        assert unit * math.prod(copies) == boxes * md_step.UNIT
+        assert max(copies) <= 4 * min(copies)  # no long needles
+    for atoms in (5 * md_step.UNIT, 7000):
+        with pytest.raises(ValueError, match=f"{atoms} are no few copies"):
+            md_step.unit_of(atoms)
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """Nothing is measured: a step takes peers 40 ms and ours 1 ms, and fits up to so many atoms."""
+    fits = {"cueq": 10 * md_step.UNIT, "mace_triton": 40 * md_step.UNIT}
+
+    def measure_(spec, device):
+        ms = 1.0 if spec.provider == "mace_triton" else 40.0
+        row = measure.describe(spec) | {"kind": "md step", "gpu_ms": ms, "wall_ms": ms, "status": "ok", "reason": None}
+        too_large = spec.case.atoms > fits.get(spec.provider, 0) and "largest" in fits
+        return row | ({"status": "failed", "reason": "OutOfMemoryError"} if too_large else {})
+
+    monkeypatch.setattr(measure, "measure", measure_)
+    return fits
+
+
+@pytest.mark.parametrize(("name", "asked"), [("steps-medium", 3), ("steps-large", 0), ("graphs-medium", 3)])
+def test_steps_are_compared_with_every_peer(name, asked, pretended, tmp_path):
+    section = bars.Section(name, tmp_path / "bars.json", CPU)
+    bars.SECTIONS[name](section)
+    limits = [bar for bar in section.bars if bar["least"] is not None]
+    assert len(limits) == asked
+    assert {bar["verdict"] for bar in section.bars} == ({"pass", "reported"} if asked else {"reported"})
+    assert {bar["value"] for bar in section.bars} == {40.0}
+    peers = {"cueq"} if name.startswith("graphs") else {"cueq", "e3nn"}
+    assert {row["provider"] for row in section.rows} == {*peers, "mace_triton"}
+    for peer in peers:
+        assert any(f": {peer} fp32" in bar["bar"] for bar in section.bars)
+
+
+def test_the_largest_system_is_the_last_that_ran(pretended, tmp_path):
+    pretended["largest"] = True
+    section = bars.Section("largest", tmp_path / "bars.json", CPU)
+    bars.largest(section)
+    assert [bar["value"] for bar in section.bars] == [8 * md_step.UNIT, 32 * md_step.UNIT, 4.0]
+    assert [row["atoms"] // md_step.UNIT for row in section.rows] == [8, 12, 8, 12, 16, 24, 32, 48]
+    assert {row["kind"] for row in section.rows} == {"largest"}
 
 
 @pytest.mark.parametrize("direction", md_step.DIRECTIONS)
@@ -447,7 +502,7 @@ def test_report_renders_rows_and_failures(tmp_path):
     assert "cueq 1.6x" in text
     assert "| memory large: peak ours / oeq | 0.87 | at most 1.0 | pass |" in text
     assert "| large | 1536 | oeq | fp32 | forward | 4321 |" in text
-    assert "| large | 1536 | mace_triton | cold | 7.5 | 2.5 | 5 | 0.25 |" in text
+    assert "| large | 1536 | forward | mace_triton | cold | 7.5 | 2.5 | 5 | 0.25 |" in text
     assert "CPU x86_64" not in text
     readme = (tmp_path / "README.md").read_text()
     assert "| tensor product, forward | large | 1536 |  |  | 3.21 | 2 |  |" in readme
