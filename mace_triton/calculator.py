@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import suppress
+from dataclasses import replace
 from glob import glob
 from pathlib import Path
 
@@ -17,12 +18,15 @@ from mace.calculators import MACECalculator
 from mace.modules import models
 
 from . import checks
-from .certify import Certificate, certify, pick_head, single_point
+from .certify import Certificate, certify, pick_head, piece, single_point
 from .convert import accelerate, load_model
 from .engine import Engine, Results
 from .engine.compiling import noted, together
 from .models import load_water
 from .precision import Precision
+
+PIECE = 500
+"""Atoms of the piece that a certificate is of where the whole structure is too large for e3nn in FP64."""
 
 
 def _reads_atoms_alone(model: torch.nn.Module) -> bool:
@@ -77,9 +81,7 @@ class MACETritonCalculator(MACECalculator):
 
     def calculate(self, atoms=None, properties=None, system_changes=all_changes):
         """Energy, forces and stress (eV, angstrom), and the energies of the atoms, as `MACECalculator` gives them."""
-        if not self._engine_serves(atoms):
-            self._compile(atoms)
-            super().calculate(atoms, properties, system_changes)
+        if not self._engine_serves(atoms) and self._maces_way(atoms, properties, system_changes):
             return
         Calculator.calculate(self, atoms)
         self.results, found = {}, [_step(engine, atoms) for engine in self._engines_for(atoms)]
@@ -94,6 +96,18 @@ class MACETritonCalculator(MACECalculator):
         self.results["free_energy"] = self.results["energy"]
         self.results["energies"] = energies.mean(axis=0) * self.energy_units_to_eV
         self.results["node_energy"] = self.results["energies"] - self.engines[0].atomic_energies
+
+    def _maces_way(self, atoms, properties, system_changes) -> bool:
+        """MACECalculator's step; False where memory is too small for it, and the engine may have enough."""
+        self._compile(atoms)
+        try:
+            super().calculate(atoms, properties, system_changes)
+            return True
+        except torch.OutOfMemoryError:
+            if not self._engine_can():
+                raise
+        torch.cuda.empty_cache()
+        return False
 
     def _compile(self, atoms: ase.Atoms) -> None:
         """Before MACE's forward first runs, compile side by side what it and its derivatives run."""
@@ -114,7 +128,10 @@ class MACETritonCalculator(MACECalculator):
         """Whether this step runs on the engine. One takes long to make: not for structures asked for once."""
         before, self._asked = self._asked, _kind(atoms)
         again = self._asked in (before, self._made_for())
-        return self.runs_on_engine and not self.compute_atomic_stresses and again
+        return self._engine_can() and again
+
+    def _engine_can(self) -> bool:
+        return self.runs_on_engine and not self.compute_atomic_stresses
 
     def _made_for(self) -> tuple[bytes, bytes] | None:
         """The kind of atoms that the engines at hand serve."""
@@ -135,8 +152,18 @@ class MACETritonCalculator(MACECalculator):
             self.results[key + "_comm"], self.results[key + "_var"] = values, values.var(axis=0)
 
     def certify(self, atoms: ase.Atoms) -> Certificate:
-        """The certificate of the (first) model on `atoms`, as steps run it: differences to e3nn FP64, same weights."""
-        return certify(self.models[0], None, atoms, head=self.head, fast=self._first(atoms))
+        """The certificate of the (first) model on `atoms`, as steps run it: differences to e3nn FP64, same weights.
+
+        Where the GPU's memory is too small for e3nn, it is of a piece of the structure, and says so.
+        """
+        try:
+            return certify(self.models[0], None, atoms, head=self.head, fast=self._first(atoms))
+        except torch.OutOfMemoryError:
+            if len(atoms) <= PIECE:
+                raise
+        self.engines = []
+        torch.cuda.empty_cache()
+        return replace(self.certify(piece(atoms, PIECE)), cut_from=len(atoms))
 
     def check(self, atoms: ase.Atoms, certificate: Certificate) -> list[checks.Check]:
         """Symmetries and derivatives of the (first) model on `atoms`, as steps run it, within the certificate's limits.

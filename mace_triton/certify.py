@@ -48,7 +48,8 @@ class Certificate:
 
     energy_error: meV/atom. force_rmse and force_max (over components), force_scale (root mean square of the reference
     forces): meV/angstrom. stress_error: meV/angstrom^3, None without a cell. energy_limit and force_limit are the
-    budget on this structure; `passed` compares energy_error and force_rmse with them.
+    budget on this structure; `passed` compares energy_error and force_rmse with them. cut_from: how many atoms the
+    structure has of which these are a piece, 0 where they are all.
     """
 
     policy: str
@@ -60,6 +61,7 @@ class Certificate:
     stress_error: float | None
     energy_limit: float
     force_limit: float
+    cut_from: int = 0
 
     @property
     def passed(self) -> bool:
@@ -68,8 +70,9 @@ class Certificate:
     def __str__(self) -> str:
         stress = "" if self.stress_error is None else f", stress {self.stress_error:.1e} meV/A^3"
         verdict = "within" if self.passed else "BEYOND"
+        atoms = f"{self.atoms} atoms" + (f" cut out of {self.cut_from}" if self.cut_from else "")
         return (
-            f"{self.policy} against e3nn FP64, {self.atoms} atoms: energy {self.energy_error:.1e} meV/atom, forces "
+            f"{self.policy} against e3nn FP64, {atoms}: energy {self.energy_error:.1e} meV/atom, forces "
             f"{self.force_rmse:.1e} rms and {self.force_max:.1e} largest meV/A of {self.force_scale:.0f}{stress}: "
             f"{verdict} the budget ({self.energy_limit:.1e} meV/atom, {self.force_limit:.1e} meV/A)"
         )
@@ -135,6 +138,15 @@ def single_point(model: torch.nn.Module, atoms: ase.Atoms, *, head: str | None =
     keys = ["forces", "stress"] if periodic else ["forces"]
     result = {key: out[key].detach().double().cpu().numpy() for key in keys}
     return result | {"energy": out["energy"].double().item()}
+
+
+def piece(atoms: ase.Atoms, count: int) -> ase.Atoms:
+    """The `count` atoms nearest to the first one, alone in the open: a structure that e3nn has memory for."""
+    away = atoms.get_distances(0, range(len(atoms)), mic=True, vector=True)
+    nearest = np.argsort(np.linalg.norm(away, axis=1), kind="stable")[:count]
+    found = ase.Atoms(atoms.numbers[nearest], away[nearest])
+    found.info.update(atoms.info)
+    return found
 
 
 _READ_FROM_INFO = {"total_charge": "charge", "total_spin": "spin", "external_field": "external_field"}

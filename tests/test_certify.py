@@ -10,8 +10,9 @@ import pytest
 import torch
 from mace.calculators import MACECalculator
 
+from mace_triton import calculator as calculators
 from mace_triton.calculator import MACETritonCalculator, check_device
-from mace_triton.certify import BUDGETS, Budget, certify, single_point
+from mace_triton.certify import BUDGETS, Budget, certify, piece, single_point
 from mace_triton.convert import accelerate
 from mace_triton.models import load_water
 from mace_triton.ops import dispatch
@@ -105,6 +106,51 @@ def test_calculator_agrees_with_mace(model, atoms):
         ours, theirs = calculator.get_property(key, atoms), plain.get_property(key, atoms)
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
     assert calculator.certify(atoms).passed
+
+
+def test_a_structure_too_large_for_e3nn_is_certified_by_a_piece(model, atoms, monkeypatch):
+    whole, right = atoms.repeat((2, 2, 2)), calculators.certify
+
+    def certify_small(ours, plain, structure, **how):
+        if len(structure) > 30:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return right(ours, plain, structure, **how)
+
+    monkeypatch.setattr(calculators, "certify", certify_small)
+    monkeypatch.setattr(calculators, "PIECE", 30)
+    calculator = MACETritonCalculator(model, precision="fp32")
+    certificate = calculator.certify(whole)
+    assert certificate.passed
+    assert (certificate.atoms, certificate.cut_from) == (30, len(whole))
+    assert f"30 atoms cut out of {len(whole)}" in str(certificate)
+    assert "cut out" not in str(calculator.certify(atoms[:20]))
+    monkeypatch.setattr(calculators, "PIECE", 40)
+    with pytest.raises(torch.OutOfMemoryError):
+        calculator.certify(whole)
+
+
+def test_a_piece_is_what_lies_around_the_first_atom():
+    crystal = ase.Atoms("NaCl", [[0.1, 0, 0], [2.8, 0, 0]], cell=5.6 * np.eye(3), pbc=True).repeat((4, 3, 3))
+    crystal.info["charge"] = 1
+    found = piece(crystal, 9)
+    assert (len(found), found.pbc.any(), found.info["charge"]) == (9, False, 1)
+    assert found.numbers[0] == crystal.numbers[0]
+    away = np.sort(crystal.get_distances(0, range(len(crystal)), mic=True))[:9]
+    np.testing.assert_allclose(np.linalg.norm(found.positions, axis=1), away)
+
+
+def test_memory_too_small_for_maces_own_way_leaves_the_engine(model, atoms, monkeypatch):
+    wanted = MACETritonCalculator(model).get_property("forces", atoms)
+    ours = MACETritonCalculator(model)
+
+    def too_large(self, *_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(MACECalculator, "calculate", too_large)
+    np.testing.assert_allclose(ours.get_property("forces", atoms), wanted, rtol=0, atol=1e-9)
+    assert len(ours.engines) == 1
+    with pytest.raises(torch.OutOfMemoryError):
+        MACETritonCalculator(model, skin=None).get_property("forces", atoms)
 
 
 def test_shipped_model_in_fp64_is_exact(atoms):
