@@ -1,7 +1,9 @@
 """`mace-triton dev`: what someone needs who works on a kernel. docs/kernel-development.md walks through it.
 
 compile: registers, stack, shared memory and instructions of every kernel, for GPUs that are not there.
-parity: forward, backward and double backward of one op against FP64, on a GPU or in Triton's interpreter.
+parity: forward, backward and double backward of one op, or steps of the engine, against FP64, on a GPU or in Triton's
+interpreter.
+sanitize: all of that under NVIDIA's compute-sanitizer; needs a GPU.
 time, tune: milliseconds and share of the roofline, and the search for tiles; both need a GPU and check parity first.
 """
 
@@ -174,14 +176,17 @@ def sized(op: str, shape: str, dtype: str):
 # ------------------------------------------------------------------------------------------------------------ parity
 
 
+WHOLE = "engine"  # which has parity beside the ops
+
+
 @app.command()
 def parity(
-    op: Annotated[str, typer.Argument(help=f"One of {', '.join(OPS)}.")],
+    op: Annotated[str, typer.Argument(help=f"One of {', '.join(OPS)}, {WHOLE}.")],
     shape: Shape = "large",
     dtype: Dtype = "fp32",
 ) -> None:
-    """One op's forward, backward and double backward against the FP64 formula. Exit code 1 if they differ."""
-    check_arguments(op, OPS, shape, dtype)
+    """One op's forward, backward and double backward, or steps of the engine, against FP64. Exit code 1 if off."""
+    check_arguments(op, (*OPS, WHOLE), shape, dtype)
     from .dev_cases import compare, wrong
     from .ops import dispatch
 
@@ -189,7 +194,12 @@ def parity(
         raise typer.Exit(in_interpreter("parity", op, "--shape", shape, "--dtype", dtype))
     where = "on the GPU" if has_gpu() else "in Triton's interpreter on the CPU, at a small size"
     console.print(f"{op} {shape} {dtype}: kernels {where}", highlight=False)
-    rows = compare(sized(op, shape, dtype))
+    if op == WHOLE:
+        from . import dev_engine
+
+        rows = dev_engine.compare(shape, dtype)
+    else:
+        rows = compare(sized(op, shape, dtype))
     table = Table("result", "error", "allowed", "", box=None, pad_edge=False)
     for name, error, allowed in rows:
         table.add_row(name, f"{error:.1e}", f"{allowed:.1e}", "ok" if error <= allowed else "[red]WRONG[/]")
@@ -203,6 +213,38 @@ def in_interpreter(*arguments: str) -> int:
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     return subprocess.run([sys.executable, "-m", "mace_triton.cli", "dev", *arguments], env=env).returncode
+
+
+# ---------------------------------------------------------------------------------------------------------- sanitize
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+
+@app.command()
+def sanitize(
+    op: Annotated[str, typer.Argument(help=f"{', '.join(OPS)}, {WHOLE} or all.")] = "all",
+    tool: Annotated[str, typer.Option(help=f"{', '.join(TOOLS)}.")] = "memcheck",
+    shape: Shape = "large",
+    dtype: Annotated[list[str] | None, typer.Option(help="Only these; may be repeated.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="How many at a time.")] = 4,
+) -> None:
+    """Parity of every op and of the engine under NVIDIA's compute-sanitizer. Exit code 1 if it reports anything."""
+    check("OP", op, (*OPS, WHOLE, "all"))
+    check("--tool", tool, TOOLS)
+    check("--shape", shape, SHAPES)
+    dtypes = [check("--dtype", name, DTYPES) for name in dtype or DTYPES]
+    need_gpu("sanitize")
+    from . import dev_engine
+
+    ops = (WHOLE, *OPS) if op == "all" else (op,)  # the longest first
+    jobs = [["parity", name, "--shape", shape, "--dtype", kind] for name in ops for kind in dtypes]
+    found = dev_engine.sanitize(jobs, tool, workers)
+    for (_, name, _, _, _, kind), (clean, told) in zip(jobs, found, strict=True):
+        console.print(f"{name} {shape} {kind}: " + ("[green]nothing reported[/]" if clean else f"[red]{told}[/]"))
+    bad = sum(not clean for clean, _ in found)
+    console.print(f"{tool}: {len(jobs)} runs, {bad} with reports", highlight=False)
+    if bad:
+        raise typer.Exit(1)
 
 
 # -------------------------------------------------------------------------------------------------------- time, tune

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from mace_triton import cli, dev, dev_cases
+from mace_triton import cli, dev, dev_cases, dev_engine
 from mace_triton.kernels import channelwise_tp_source, linear, offline, tiles
 
 
@@ -77,6 +79,79 @@ def test_parity_passes(op):
     assert results == ["out", *(f"g{i}" for i in inputs), "dg", *(f"d{i}" for i in inputs)]
 
 
+@pytest.mark.torchscript
+def test_parity_of_the_engine(monkeypatch):
+    ways = dict(dev_engine.WAYS) if dev.has_gpu() else {" in shares": (False, 1)}  # half a minute in the interpreter
+    monkeypatch.setattr(dev_engine, "WAYS", ways)
+    done = run("parity", "engine", "--shape", "small")
+    assert done.exit_code == 0, done.output
+    results = [line[: line.index("  ")] for line in done.output.splitlines() if line.endswith("ok")]
+    assert results == [f"{what}{way}" for way in ways for what in ("energy", "forces")]
+
+
+@pytest.mark.torchscript
+def test_parity_of_the_engine_sees_wrong_forces(monkeypatch):
+    right = dev_engine.MACETritonCalculator.certify
+    monkeypatch.setattr(dev_engine, "WAYS", {"": (False, None)})
+
+    def off(self, atoms):
+        return dataclasses.replace(right(self, atoms), force_rmse=1.0)
+
+    monkeypatch.setattr(dev_engine.MACETritonCalculator, "certify", off)
+    done = run("parity", "engine", "--shape", "small")
+    assert done.exit_code == 1
+    assert [line.split()[0] for line in done.output.splitlines() if line.endswith("WRONG")] == ["forces"]
+
+
+CLEAN = "========= COMPUTE-SANITIZER\nout  1e-7 1e-6 ok\n========= {}SUMMARY: 0 {} displayed (0 errors, 0 warnings)\n"
+RACE = """========= Error: Race reported between Write access at edge_radial_bwd_kernel+0x120
+=========     and Read access at edge_radial_bwd_kernel+0x80 [16 hazards]
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "clean"),
+    [
+        (CLEAN.format("ERROR ", "errors"), 0, True),
+        (CLEAN.format("RACECHECK ", "hazards"), 0, True),
+        (RACE, 0, False),
+        (CLEAN.format("ERROR ", "errors"), 1, False),  # parity itself failed
+        ("Traceback\nRuntimeError: no device\n", 1, False),
+        ("out ok\n", 0, False),  # the tool did not run
+        ("", 0, False),
+    ],
+)
+def test_what_a_sanitizer_says(output, code, clean):
+    found, told = dev_engine.verdict(output, code)
+    assert found == clean
+    assert clean == (told == "")
+    if output == RACE:
+        assert "edge_radial_bwd_kernel" in told
+
+
+def test_sanitize_runs_every_parity(tmp_path, monkeypatch):
+    program = tmp_path / "compute-sanitizer"
+    words = 'printf "%s\\n" "$*" >> "${0%/*}/seen"; case "$*" in *linear_scalars*) n=1;; *) n=0;; esac'
+    program.write_text(f'#!/bin/sh\n{words}\necho "========= ERROR SUMMARY: $n errors"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(dev, "has_gpu", lambda: True)
+    done = run("sanitize", "--dtype", "fp32", "--tool", "racecheck")
+    assert done.exit_code == 1
+    assert done.output.count("nothing reported") == len(dev.OPS)
+    assert "linear_scalars large fp32: ERROR SUMMARY: 1 errors" in done.output
+    seen = (tmp_path / "seen").read_text().splitlines()
+    assert len(seen) == len(dev.OPS) + 1
+    assert all(line.startswith("--tool racecheck ") and line.endswith("--shape large --dtype fp32") for line in seen)
+    assert run("sanitize", "linear", "--dtype", "fp32").exit_code == 0
+    program.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "compute-sanitizer is not on the PATH" in run("sanitize", "linear").output
+    monkeypatch.setattr(dev, "has_gpu", lambda: False)
+    assert "needs a GPU" in run("sanitize", "linear").output
+
+
 def test_parity_without_gpu_starts_the_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(dev, "has_gpu", lambda: False)
@@ -125,7 +200,7 @@ def test_nan_is_wrong():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("parity", "convolution"), "OP: 'convolution' is not one of " + ", ".join(dev.OPS)),
+        (("parity", "convolution"), "OP: 'convolution' is not one of " + ", ".join((*dev.OPS, dev.WHOLE))),
         (("compile", "linear", "--arch", "hopper"), "--arch: 'hopper' is not one of sm_80, sm_90, gfx942"),
         (("parity", "linear", "--dtype", "int8"), "--dtype: 'int8' is not one of fp64, fp32, bf16"),
         (("time", "linear", "--shape", "huge"), "--shape: 'huge' is not one of small, medium, large"),
