@@ -58,7 +58,7 @@ def random_model(shape: str, channels: int, r_max: float) -> torch.nn.Module:
 def compare(shape: str, dtype: str) -> list[tuple[str, float, float]]:
     """(result, error, allowed) of steps against e3nn in FP64; the budget is the certificate's.
 
-    Energies in meV an atom, forces (root mean square) in meV/angstrom. In Triton's interpreter model and structure are small.
+    Energies in meV an atom, forces (root mean square) in meV/angstrom. In Triton's interpreter all is small.
     """
     device, *size, count = ("cuda", 64, 5.0, 24) if torch.cuda.is_available() else ("cpu", 8, 1.7, 6)
     model, atoms, rows = random_model(shape, *size), water_box(2)[:count], []
