@@ -3,13 +3,15 @@
 "Langevin step": ASE's Langevin dynamics with MACECalculator, the face of e3nn and cuEquivariance, or with ours.
 "torch-sim step": what torch-sim asks of its model in every step, energy, forces and stress of a state; MACE's own model
 for it, plain or compiled with CUDA graphs (variant "reduce-overhead"), or ours. `wall_ms` is what a step takes, the
-median over steps; `gpu_ms` the sum of its kernels, `nodes` their number in our CUDA graph.
+median over steps; `gpu_ms` the sum of its kernels, `nodes` their number in our CUDA graph; `first_s` what the first
+evaluation took, compilation included where nothing compiled before.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -73,9 +75,11 @@ class StepCase:
             made[:] = begin(self.structure(), face, device)
 
         # A CUDA graph keeps what it needs to itself, so the peak is that of the first steps, when it is recorded.
+        began = time.perf_counter()
         peak = timing.peak_mib(first, device)
         if peak is None:
             first()
+        first_s = time.perf_counter() - began
         found, step, own = made
         unit, _ = unit_of(self.atoms)
         case = models.ModelCase(self.name, unit, self.channels, self.elements)
@@ -86,7 +90,7 @@ class StepCase:
             "energy": copies * expected["energy"].double(),
         }
         errors = blocks.gate(found, wanted, dict.fromkeys(wanted, models.TOLERANCE[precision]))
-        kept = {"reference": extra, "peak_mib": None if peak is None else peak - own / 2**20}
+        kept = {"reference": extra, "first_s": first_s, "peak_mib": None if peak is None else peak - own / 2**20}
         if provider == "mace_triton":
             engines = face.engines if ase_face else [engine for _, engine in face._engines]
             kept |= {"nodes": _nodes(engines, device), "shares": max(engine.shares for engine in engines)}
