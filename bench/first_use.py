@@ -68,7 +68,7 @@ def first_ase_step(name: str, atoms: int, provider: str, precision: str, channel
     import mace_triton  # noqa: F401  an import, not a first use
 
     water = md_step.StepCase(name, atoms).structure()
-    models.mp_model(name, channels)
+    models.mp_model(name, channels, models.ELEMENTS)
     torch.zeros(1, device=device)
     marks = [time.perf_counter()]
     water.calc = md_step.calculator(name, channels, models.ELEMENTS, provider, precision, device)

@@ -106,10 +106,8 @@ def _nodes(engines: list, device: torch.device) -> int | None:
 
 def _langevin(atoms: ase.Atoms, face, device: torch.device) -> tuple[dict, Callable[[], object], int]:
     """(energy and forces of the structure, a step of ASE's Langevin dynamics, bytes that others held before)."""
-    atoms.calc, face.engines = face, []
+    atoms.calc, face.engines, face._asked = face, [], None  # as if these were its first atoms
     others = timing.free_memory(device)
-    atoms.get_forces()
-    face.results = {}  # ours runs on its engine from the second time on
     forces = torch.from_numpy(np.asarray(atoms.get_forces(), dtype=np.float64))
     energy = torch.tensor([atoms.get_potential_energy()], dtype=torch.float64)
     return {"forces": forces, "energy": energy}, _dynamics(atoms), others

@@ -41,10 +41,10 @@ class MACETritonCalculator(MACECalculator):
     name of a foundation model (fetched by MACE's own loader), a MACE module, or a list of any of these (a committee).
     precision: "fp64", "fp32", "tf32", "bf16", "fp16" or a `Precision`; None keeps the model's own.
     head: which head of a model with several. device: "cuda", "cuda:1" or "cpu"; the default is a GPU if there is one.
-    deterministic: the same bits on every run, for more time. skin: from the second time on that the same atoms are
-    asked for, as in molecular dynamics, steps run on `Engine`, with neighbours looked for this much (angstrom) beyond
-    the cutoff. None leaves each step to MACECalculator, as do models that read more than atoms and cell. Other
-    arguments go to `MACECalculator`.
+    deterministic: the same bits on every run, for more time. skin: steps run on `Engine`, with neighbours looked for
+    this much (angstrom) beyond the cutoff; other atoms than before are left to MACECalculator until they are asked for
+    again. None leaves each step to it, as do models that read more than atoms and cell. Other arguments go to
+    `MACECalculator`.
 
     Raises FileNotFoundError for a file that is not there, ValueError or TypeError for what is no MACE model, an unknown
     precision, head or device.
@@ -125,9 +125,12 @@ class MACETritonCalculator(MACECalculator):
         return self.skin is not None and all(map(_reads_atoms_alone, self.models))
 
     def _engine_serves(self, atoms: ase.Atoms) -> bool:
-        """Whether this step runs on the engine. One takes long to make: not for structures asked for once."""
+        """Whether this step runs on the engine: that of the first structure, or of one that is asked for again.
+
+        One takes longer to make than a step of MACE's: not for structures that come one after another.
+        """
         before, self._asked = self._asked, _kind(atoms)
-        again = self._asked in (before, self._made_for())
+        again = before is None or self._asked in (before, self._made_for())
         return self._engine_can() and again
 
     def _engine_can(self) -> bool:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_engine import check
 from test_mace_parity import EXACT, SMALL, close, e3nn_model, fast_model
+from triton.compiler.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 import mace_triton as mt
@@ -16,11 +17,22 @@ from mace_triton.engine import Engine, compiling, engine
 pytestmark = pytest.mark.torchscript
 
 
+class Compiled:
+    """In the place of a CompiledKernel, which is loaded when it is asked how to run."""
+
+    def __init__(self, loaded: list):
+        self.loaded = loaded
+
+    @property
+    def run(self):
+        self.loaded.append(threading.get_ident())
+
+
 class Kernel:
     """In the place of a JITFunction."""
 
-    def __init__(self):
-        self.compiled, self.threads = [], []
+    def __init__(self, src: str = ""):
+        self.compiled, self.threads, self.loaded, self.src = [], [], [], src
 
     def launch(self, key) -> object:
         return JITFunction._do_compile(self, key, "signature", "device", "constexprs", "options", "attrs", False)
@@ -33,7 +45,7 @@ def kernel(monkeypatch) -> Kernel:
             raise RuntimeError("no such target")
         self.compiled.append((key, how))
         self.threads.append(threading.get_ident())
-        return f"compiled {key}"
+        return Compiled(self.loaded)
 
     monkeypatch.setattr(JITFunction, "_do_compile", compile_now)
     return Kernel()
@@ -45,12 +57,26 @@ def test_notes_each_kernel_once_and_compiles_it_elsewhere(kernel):
         assert [kernel.launch(key) for key in ("a", "b", "a")] == [None] * 3
         other.launch("a")
     assert kernel.compiled == []
-    assert kernel.launch("c") == "compiled c"  # as before
+    assert isinstance(kernel.launch("c"), Compiled)  # as before
+    assert kernel.loaded == []
     compiling.together(jobs)
     how = ("signature", "device", "constexprs", "options", "attrs", False)
     assert sorted(kernel.compiled[1:]) == [("a", how), ("b", how)]
     assert other.compiled == [("a", how)]
     assert threading.get_ident() not in kernel.threads[1:]
+    assert sorted(kernel.loaded) == sorted(kernel.threads[1:])
+
+
+def test_the_longest_goes_first(kernel, monkeypatch):
+    monkeypatch.setattr(compiling, "WORKERS", 1)
+    order, kernels = [], [Kernel("x" * length) for length in (3, 90, 17)]
+    for one in kernels:
+        one.compiled = order
+    with compiling.noted() as jobs:
+        for length, one in zip((3, 90, 17), kernels, strict=True):
+            one.launch(length)
+    compiling.together(jobs)
+    assert [length for length, _ in order] == [90, 17, 3]
 
 
 def test_other_threads_go_on_as_ever(kernel):
@@ -59,7 +85,7 @@ def test_other_threads_go_on_as_ever(kernel):
         thread = threading.Thread(target=lambda: found.append(kernel.launch("a")))
         thread.start()
         thread.join()
-    assert found == ["compiled a"]
+    assert [type(one) for one in found] == [Compiled]
     assert jobs == {}
 
 
@@ -73,7 +99,7 @@ def test_an_error_waits_until_the_kernel_is_met_again(kernel):
         kernel.launch("broken")
     with pytest.raises(ZeroDivisionError), compiling.noted():
         raise ZeroDivisionError
-    assert kernel.launch("b") == "compiled b"
+    assert isinstance(kernel.launch("b"), Compiled)
 
 
 def test_another_triton_compiles_as_it_will(monkeypatch):
@@ -98,14 +124,32 @@ def test_an_engine_notes_its_kernels(device, monkeypatch):
     assert len(noted) == 1  # all were compiled
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="without a GPU nothing is loaded")
+def test_kernels_are_loaded_side_by_side(device, monkeypatch):
+    """After it, the first launch has nothing left to make."""
+    loaded, init = [], CompiledKernel._init_handles
+
+    def noticed(self):
+        if self.module is None:
+            loaded.append(threading.get_ident())
+        init(self)
+
+    monkeypatch.setattr(CompiledKernel, "_init_handles", noticed)
+    atoms = mm.random_structures(SMALL["elements"], seed=1)[0]
+    Engine(fast_model("mp-medium", device, channels=19), atoms).step()
+    ours = [thread for thread in loaded if thread == threading.get_ident()]
+    assert len(loaded) > 10
+    assert len(ours) < 10  # the filter of edges, which runs for real before
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="without a GPU nothing is compiled")
-def test_a_calculators_first_step_compiles_side_by_side(device, monkeypatch):
+def test_maces_way_compiles_side_by_side(device, monkeypatch):
     """Forward and way back: the step itself meets no kernel that is not compiled."""
     noted, met, compile_now = [], [], JITFunction._do_compile
     monkeypatch.setattr(calculator, "together", lambda jobs: noted.append(len(jobs)) or compiling.together(jobs))
     model, atoms = e3nn_model("mp-medium", device, channels=13), mm.random_structures(SMALL["elements"], seed=1)[0]
     want = mm.evaluate(model, mm.batch_of(model, [atoms]))
-    atoms.calc = mt.MACETritonCalculator(model, precision="fp64", device="cuda")
+    atoms.calc = mt.MACETritonCalculator(model, precision="fp64", device="cuda", skin=None)
     monkeypatch.setattr(
         JITFunction, "_do_compile", lambda self, *how: met.append(self.__name__) or compile_now(self, *how)
     )

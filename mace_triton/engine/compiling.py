@@ -7,11 +7,30 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 
+import torch
 from triton.runtime.jit import JITFunction
 
-Jobs = dict[tuple, Callable[[], object]]
+
+@dataclass(frozen=True)
+class Job:
+    """A kernel to be compiled and loaded on the device of this number, -1 for none; `length` of its source."""
+
+    compile_now: Callable[..., object]
+    arguments: tuple
+    device: int
+    length: int
+
+    def __call__(self) -> None:
+        with torch.cuda.device(self.device):  # a thread begins on the first device
+            kernel = self.compile_now(*self.arguments)
+            getattr(kernel, "run", None)  # loads it; some versions of Triton compile C for its launch here
+
+
+Jobs = dict[tuple, Job]
+WORKERS = 12
+"""At the most: Triton's own part, in Python, takes turns."""
 
 
 @contextmanager
@@ -31,7 +50,8 @@ def noted() -> Iterator[Jobs]:
     def note(self, key, *how):
         if threading.get_ident() != own:
             return compile_now(self, key, *how)
-        jobs[id(self), key] = partial(compile_now, self, key, *how)
+        device = torch.cuda.current_device() if torch.cuda.is_available() else -1
+        jobs[id(self), key] = Job(compile_now, (self, key, *how), device, len(getattr(self, "src", "")))
         return None  # Triton launches nothing then
 
     JITFunction._do_compile = note
@@ -42,12 +62,12 @@ def noted() -> Iterator[Jobs]:
 
 
 def together(jobs: Jobs) -> None:
-    """Compile the kernels noted, as many at a time as there are processors.
+    """Compile the kernels noted, as many at a time as there are processors, the longest first: all wait for it.
 
     An error is not raised here: the kernel is met again, and compiled then.
     """
     if not jobs:
         return
-    with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
-        for job in [pool.submit(job) for job in jobs.values()]:
+    with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1, WORKERS)) as pool:
+        for job in [pool.submit(job) for job in sorted(jobs.values(), key=lambda job: -job.length)]:
             job.exception()
