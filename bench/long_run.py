@@ -1,4 +1,5 @@
-"""Long dynamics with the water model that ships: `python -m bench.long_run` runs all cases side by side on one device.
+"""Long dynamics with the water model that ships: `python -m bench.long_run` runs all cases side by side, those of a size
+on the same card where there are several.
 
 NVE (velocity Verlet) and NVT (Langevin) of 192 and 1536 atoms, and NVT in deterministic mode twice. For each: drift of
 the total energy, temperature, memory at the beginning and at the end, whether every number was finite, and a digest of
@@ -11,6 +12,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import resource
 import subprocess
 import sys
@@ -110,7 +112,7 @@ def _sample(atoms) -> tuple[float, float, float]:
 
 def _memory(device: str) -> dict[str, int]:
     """Bytes: the largest that this process had on the host, and what torch holds on the device."""
-    held = torch.cuda.memory_reserved() if device == "cuda" else 0
+    held = torch.cuda.memory_reserved(device) if device.startswith("cuda") else 0
     return {"host": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "device": held}
 
 
@@ -134,17 +136,25 @@ def _figures(samples: np.ndarray, atoms: int) -> Row:
 def side_by_side(runs: tuple[Run, ...], steps: dict[bool, int], seconds: float, path: Path, device: str) -> list[Row]:
     """All runs at once, a process each; their rows are written as they come. steps: by whether it is deterministic."""
     recorder = rows.Recorder(path, rows.environment(torch.device(device)))
+    env = {"OMP_NUM_THREADS": "1"} | os.environ  # or each would have as many threads as there are processors
 
     def started(run: Run) -> subprocess.Popen:
-        words = {"run": run.name, "steps": steps[run.deterministic], "seconds": seconds, "device": device}
+        where = card_of(run, device, torch.cuda.device_count())
+        words = {"run": run.name, "steps": steps[run.deterministic], "seconds": seconds, "device": where}
         command = [sys.executable, "-m", "bench.long_run", *(f"--{key}={value}" for key, value in words.items())]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
     with ThreadPoolExecutor(len(runs)) as pool:  # a row is written when its run ends, whichever does first
         waiting = {pool.submit(started(run).communicate): run for run in runs}
         for future in as_completed(waiting):
             recorder.add(_row_of(waiting[future], *future.result()))
     return recorder.rows
+
+
+def card_of(run: Run, device: str, cards: int) -> str:
+    """The device of a run: processes that share a card wait for each other, so sizes have cards of their own."""
+    sides = sorted({other.side for other in RUNS}, reverse=True)
+    return f"cuda:{sides.index(run.side) % cards}" if device == "cuda" and cards > 1 else device
 
 
 def _row_of(run: Run, out: str, err: str) -> Row:

@@ -65,6 +65,13 @@ def test_a_run_that_broke_off_is_a_row_too(tmp_path, monkeypatch):
     assert {(words["run"], words["steps"]) for words in asked} >= {("nve-192-0", "7"), ("nvt-192-deterministic-1", "5")}
 
 
+def test_sizes_have_cards_of_their_own():
+    cards = {(run.side, long_run.card_of(run, "cuda", 2)) for run in long_run.RUNS}
+    assert cards == {(8, "cuda:0"), (4, "cuda:1")}
+    assert {long_run.card_of(run, "cuda", 1) for run in long_run.RUNS} == {"cuda"}
+    assert {long_run.card_of(run, "cpu", 2) for run in long_run.RUNS} == {"cpu"}
+
+
 def test_same_bits_of_runs_that_differ():
     one = {"deterministic": True, "status": "ok", "steps": 5, "digest": "a"}
     assert long_run.same_bits([one, one]) is True
