@@ -1,5 +1,6 @@
-"""Long dynamics with the water model that ships: `python -m bench.long_run` runs all cases side by side, those of a size
-on the same card where there are several.
+"""Long dynamics with the water model that ships: `python -m bench.long_run` runs all cases side by side.
+
+Where there are several cards, runs of one size share one.
 
 NVE (velocity Verlet) and NVT (Langevin) of 192 and 1536 atoms, and NVT in deterministic mode twice. For each: drift of
 the total energy, temperature, memory at the beginning and at the end, whether every number was finite, and a digest of
@@ -45,7 +46,16 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.ensemble}-{3 * self.side**3}{'-deterministic' * self.deterministic}-{self.copy}"
+        return f"{self.ensemble}-{self.atoms}{'-deterministic' * self.deterministic}-{self.copy}"
+
+    @property
+    def atoms(self) -> int:
+        return 3 * self.side**3
+
+    def row(self) -> Row:
+        """The part of its row that is known before it runs."""
+        names = {"kind": "long run", "block": "long run", "case": self.name, "provider": rows.OURS, "variant": ""}
+        return asdict(self) | names | {"atoms": self.atoms, "precision": "fp32", "direction": self.ensemble}
 
 
 RUNS = (
@@ -76,8 +86,8 @@ def long_run(run: Run, steps: int, device: str, seconds: float = math.inf, preci
     elapsed = time.perf_counter() - began
     memory.append(_memory(device))
     engines = atoms.calc.engines
-    return asdict(run) | {
-        **{"atoms": len(atoms), "precision": precision, "asked": steps, "steps": taken, "time_step_fs": TIME_STEP},
+    return run.row() | {
+        **{"precision": precision, "asked": steps, "steps": taken, "time_step_fs": TIME_STEP},
         **_figures(np.array(samples), len(atoms)),
         "memory_bytes": dict(zip(("start", "tenth", "end"), (memory[0], memory[-2], memory[-1]), strict=True)),
         "rebuilds": sum(engine.rebuilds for engine in engines),
@@ -162,7 +172,7 @@ def _row_of(run: Run, out: str, err: str) -> Row:
     try:
         row = json.loads(out.strip().splitlines()[-1]) | {"status": "ok"}
     except (IndexError, json.JSONDecodeError):
-        row = asdict(run) | {"status": "failed", "reason": (err.strip().splitlines() or ["no word"])[-1][:300]}
+        row = run.row() | {"status": "failed", "reason": (err.strip().splitlines() or ["no word"])[-1][:300]}
     print(json.dumps(row), flush=True)
     return row
 

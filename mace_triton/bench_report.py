@@ -20,7 +20,19 @@ PEERS = ("e3nn", "cueq", "oeq")
 OURS = "mace_triton"
 COLOURS = {"e3nn": "#9aa0a6", "cueq": "#4c8bf5", "oeq": "#f2a33a", OURS: "#d6336c"}
 PLOT_PRECISIONS = ("fp32", "bf16")
-IDENTITY = ("block", "case", "atoms", "channels", "direction", "provider", "precision", "variant", "kind", "run")
+IDENTITY = (
+    "kind",
+    "block",
+    "case",
+    "atoms",
+    "channels",
+    "direction",
+    "provider",
+    "precision",
+    "variant",
+    "kind",
+    "run",
+)
 
 Row = dict[str, object]
 app = typer.Typer(help="Run the benchmarks, or write docs/benchmarks.md from their results.", no_args_is_help=True)
@@ -240,6 +252,25 @@ def step_table(rows: list[Row]) -> Iterator[str]:
     yield from table((*head, "peer / ours"), lines)
 
 
+def long_run_table(rows: list[Row]) -> Iterator[str]:
+    """Long dynamics: drift and scatter of the total energy, temperature, memory of the GPU from first to last step."""
+    head = ("run", "atoms", "steps", "drift, meV/atom/ns", "scatter, meV/atom", "temperature, K", "MiB", "searches")
+    lines = []
+    for row in rows:
+        name = [row["case"], row["atoms"]]
+        if not _ok(row):
+            lines.append([*name, f"{row['status']}: {row['reason']}", *[""] * 6])
+            continue
+        held = (row["memory_bytes"][when]["device"] / 2**20 for when in ("start", "end"))
+        temperature = f"{row['temperature_K']:.1f} +- {row['temperature_error_K'] or 0.0:.1f}"
+        figures = [number(row[key]) for key in ("drift_meV_per_atom_ns", "scatter_meV_per_atom")]
+        figures[0] = figures[0] if row["direction"] == "nve" else ""  # a thermostat's energy goes where it will
+        memory = " to ".join(f"{mib:.0f}" for mib in held)
+        steps = f"{row['steps']} of {row['asked']}"
+        lines.append([*name, steps, *figures, temperature, memory, row["rebuilds"], f"`{row['digest']}`"])
+    yield from table((*head, "digest of the end"), lines)
+
+
 def _ok(row: Row) -> bool:
     return row["status"] == "ok"
 
@@ -247,6 +278,7 @@ def _ok(row: Row) -> bool:
 KINDS = {
     "md step": ("Steps of molecular dynamics, in ASE and on the device", step_table),
     "largest": ("The largest system that fits", step_table),
+    "long run": ("Long dynamics of the water model that ships, several at once on a card", long_run_table),
     "memory": ("Peak memory of whole models", memory_table),
     "first use": ("First use of a model, in a fresh process", first_use_table),
 }

@@ -19,6 +19,7 @@ from bench import (
     blocks,
     edge_block,
     first_use,
+    long_run,
     md_step,
     measure,
     models,
@@ -492,6 +493,13 @@ def test_report_renders_rows_and_failures(tmp_path):
     section.rows += [_row("oeq", "fp32", 1.0, kind="memory", peak_mib=4321.0)]
     times = {"seconds": 7.5, "convert_s": 2.5, "first_call_s": 5.0, "second_call_s": 0.25}
     section.add(_row("mace_triton", "fp32", 1.0, kind="first use", **times) | {"variant": "cold"})
+    long = rows.Recorder(tmp_path / "long-runs.json", rows.environment(CPU) | {"card": "Some GPU"})
+    runs = (long_run.Run("nve", 4), long_run.Run("nvt", 8))
+    figures = {"steps": 90, "asked": 100, "drift_meV_per_atom_ns": 0.125, "scatter_meV_per_atom": 0.5, "rebuilds": 7}
+    figures |= {"temperature_K": 301.25, "temperature_error_K": 2.0, "digest": "abc", "status": "ok", "reason": None}
+    memory = {"memory_bytes": {when: {"device": 2**21, "host": 1} for when in ("start", "end")}}
+    long.add(runs[0].row() | figures | memory)
+    long.add(long_run._row_of(runs[1], "", "RuntimeError: lost the card"))
     result = CliRunner().invoke(
         bench_report.app, ["report", "--results", str(tmp_path), "--docs", str(tmp_path / "docs")]
     )
@@ -503,6 +511,8 @@ def test_report_renders_rows_and_failures(tmp_path):
     assert "| memory large: peak ours / oeq | 0.87 | at most 1.0 | pass |" in text
     assert "| large | 1536 | oeq | fp32 | forward | 4321 |" in text
     assert "| large | 1536 | forward | mace_triton | cold | 7.5 | 2.5 | 5 | 0.25 |" in text
+    assert "| nve-192-0 | 192 | 90 of 100 | 0.125 | 0.5 | 301.2 +- 2.0 | 2 to 2 | 7 | `abc` |" in text
+    assert "| nvt-1536-0 | 1536 | failed: RuntimeError: lost the card |" in text
     assert "CPU x86_64" not in text
     readme = (tmp_path / "README.md").read_text()
     assert "| tensor product, forward | large | 1536 |  |  | 3.21 | 2 |  |" in readme
