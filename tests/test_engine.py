@@ -270,14 +270,17 @@ def test_policies_are_those_of_the_model(precision, device, reference_path):
     assert found["engine", "energies"] <= 2 * found["model", "energies"]
 
 
-def test_a_bond_is_as_exact_far_from_the_origin(device, reference_path):
+@pytest.mark.parametrize("name", ["mp-medium", *BY_AUTOGRAD])
+def test_a_bond_is_as_exact_far_from_the_origin(name, device, reference_path):
     """FP32 positions 1000 angstrom away would have a spacing of 6e-5 angstrom."""
-    exact, atoms = e3nn_model("mp-medium", device), mm.random_structures(SMALL["elements"], seed=4)[0]
-    want = mm.evaluate(exact, mm.batch_of(exact, [atoms]))["forces"]
-    found = Engine(fast_model("mp-medium", device, "fp32"), atoms)
+    exact, atoms = e3nn_model(name, device), mm.random_structures(SMALL["elements"], seed=4)[0]
+    want = mm.evaluate(exact, mm.batch_of(exact, [atoms]))
+    found = Engine(fast_model(name, device, "fp32"), atoms)
     for far in (0.0, 1000.0):
-        got = found.step(atoms.positions + far).forces
-        assert rms(got - want) < 3e-6 * rms(want)
+        got = found.step(atoms.positions + far)
+        assert got.forces.dtype == torch.float32
+        assert rms(got.forces - want["forces"]) < 3e-6 * rms(want["forces"])
+        assert rms(got.stress - want["stress"]) < 3e-6 * rms(want["stress"])
 
 
 def test_a_line_says_what_takes_maces_forward(device, reference_path, caplog):

@@ -30,7 +30,9 @@ from mace.data import KeySpecification
 from mace.tools import torch_geometric
 
 from ..certify import check_structure, graph_of, pick_head
+from ..nn import edge_vectors as vectors
 from ..ops import graph, species
+from ..ops.edge_embedding import edge_vectors
 from ..ops.edge_filter import Candidates, Edges, edge_filter
 from ..reference_edge_filter import PAD
 from . import neighbours
@@ -423,22 +425,26 @@ class Engine:
     @torch.enable_grad()
     def _by_autograd(self, x: torch.Tensor, edges: Edges) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """MACE's own forward, differentiated; the virials [N, 3, 3] are None where no stress is asked for."""
-        x = x.to(self.dtype).requires_grad_(True)
-        shifts, units = edges.shifts.to(self.dtype).requires_grad_(self.stress), edges.unit_shifts.to(self.dtype)
-        given = {"edge_index": edges.edge_index, "shifts": shifts, "unit_shifts": units, "positions": x}
+        x, shifts = x.detach().requires_grad_(True), edges.shifts.detach().requires_grad_(self.stress)
+        exact = {"shifts": shifts, "unit_shifts": edges.unit_shifts, "positions": x}
+        given = {key: value.to(self.dtype) for key, value in exact.items()} | {"edge_index": edges.edge_index}
         with ExitStack() as stack:
             stack.enter_context(graph.given(edges.plan(self._perm)))
             stack.enter_context(species.given(self._data["node_attrs"], self._species))
+            if vectors.attached(self.model):  # else MACE subtracts what is rounded already
+                found = (t.to(self.dtype) for t in edge_vectors(x, edges.edge_index, shifts))
+                stack.enter_context(vectors.given(edges.edge_index, *found))
             out = self.model(self._data | given, compute_force=False)
         # MACE differentiates by a strain, whose way back through `cell[batch[sender]]` adds all edges to one place.
         gx, *along = torch.autograd.grad(out["energy"].sum(), (x, shifts) if self.stress else (x,))
-        return out["node_energy"].detach(), gx, self._virial(x.detach(), edges, along[0]) if self.stress else None
+        virial = self._virial(x.detach(), edges, along[0]) if self.stress else None
+        return out["node_energy"].detach(), gx.to(self.dtype), virial
 
     def _virial(self, x: torch.Tensor, edges: Edges, gradient: torch.Tensor) -> torch.Tensor:
         """The edges' vectors times the gradients [E, 3] by them, as dyads, summed over each receiver's."""
         sender, receiver = edges.edge_index
-        vectors = x.index_select(0, receiver) - x.index_select(0, sender) + edges.shifts.detach()
-        dyads = (vectors.double()[:, :, None] * gradient.double()[:, None, :]).flatten(1)
+        along = x.index_select(0, receiver) - x.index_select(0, sender) + edges.shifts.detach()
+        dyads = (along[:, :, None] * gradient.double()[:, None, :]).flatten(1)
         rows = edges.row_ptr.long()  # summed in order, not by atomic additions
         return torch.segment_reduce(dyads, "sum", offsets=rows, axis=0, unsafe=True).view(-1, 3, 3)
 
