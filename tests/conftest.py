@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the processors: threads of each would wait for those of others
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():
