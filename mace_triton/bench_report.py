@@ -20,19 +20,7 @@ PEERS = ("e3nn", "cueq", "oeq")
 OURS = "mace_triton"
 COLOURS = {"e3nn": "#9aa0a6", "cueq": "#4c8bf5", "oeq": "#f2a33a", OURS: "#d6336c"}
 PLOT_PRECISIONS = ("fp32", "bf16")
-IDENTITY = (
-    "kind",
-    "block",
-    "case",
-    "atoms",
-    "channels",
-    "direction",
-    "provider",
-    "precision",
-    "variant",
-    "kind",
-    "run",
-)
+IDENTITY = ("block", "case", "atoms", "channels", "direction", "provider", "precision", "variant", "kind", "run")
 
 Row = dict[str, object]
 app = typer.Typer(help="Run the benchmarks, or write docs/benchmarks.md from their results.", no_args_is_help=True)
