@@ -132,12 +132,14 @@ class Engine:
         self._per_volume = torch.empty(systems, 1, 1, dtype=torch.float64, device=self.device)
         self._got = torch.empty(systems + 4 * self.atoms + (9 * systems if stress else 0) + 2, **pinned)
 
+    def _weights(self) -> list[tuple[int, int]]:
+        """What tells whether weights have changed."""
+        return [(p.data_ptr(), p._version) for p in self._source.parameters()]
+
     def _take_weights(self) -> None:
-        """A frozen copy of the model, anew where its weights have changed since the last step."""
-        version = [(p.data_ptr(), p._version) for p in self._source.parameters()]
-        if version != self._version:
-            self.model = copy.deepcopy(self._source).requires_grad_(False).eval()
-            self._version, self._graph, self._pairs = version, None, None
+        """A frozen copy of the model as it is; what was made for the last one is gone."""
+        self._version, self._graph, self._pairs = self._weights(), None, None
+        self.model = copy.deepcopy(self._source).requires_grad_(False).eval()
 
     def _on_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.tensor(array, dtype=torch.float64, device=self.device)
@@ -149,7 +151,8 @@ class Engine:
         Raises ValueError for another shape and for positions or cells that are not finite, torch.OutOfMemoryError, with
         what would fit, where the GPU's memory is too small.
         """
-        self._take_weights()
+        if self._version is None:
+            self._take_weights()
         fresh = self._pairs is None
         if positions is not None:
             positions = _like(positions, self.positions, "positions")
@@ -166,9 +169,13 @@ class Engine:
             self._find()
         for _ in range(4):
             try:
-                self._run()
+                same = self._run()
             except torch.OutOfMemoryError as error:
                 raise torch.OutOfMemoryError(self._needs()) from error
+            if not same:
+                self._take_weights()
+                self._find()
+                continue
             count, moved = self._got[-2:].tolist()
             if count <= self.capacity and not moved:
                 return self.results
@@ -336,8 +343,10 @@ class Engine:
         a, b, c = torch.where(whole[:, None, None], self.cells, cells.double()).unbind(1)
         self._per_volume.copy_(0.5 / (torch.linalg.cross(a, b) * c).sum(1).abs()[:, None, None])
 
-    def _run(self) -> None:
-        """Evaluate the buffers: by the graph on a GPU, else one kernel after another."""
+    def _run(self) -> bool:
+        """Evaluate the buffers: by the graph on a GPU, else one kernel after another. Whether that was with the weights
+        as they are, which is asked while the GPU works.
+        """
         if self._recording and self._graph is None:
             self._graph = self._recorded()
         if self._graph is None:
@@ -345,8 +354,10 @@ class Engine:
         else:
             self._graph.replay()
         self._got.copy_(self._all, non_blocking=True)
+        same = self._weights() == self._version
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
+        return same
 
     def _recorded(self) -> torch.cuda.CUDAGraph | None:
         """The step as a CUDA graph; None, with a warning, for a model that does what a graph cannot hold."""
