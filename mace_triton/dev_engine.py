@@ -24,6 +24,8 @@ from .water import water_box
 
 WAYS = {"": (False, None), " in shares": (False, 1), " deterministic": (True, None)}
 """How a step is taken: (deterministic, bytes of memory that weights of edges may take)."""
+OPTIONS = {"memcheck": ["--report-api-errors", "no"]}
+"""Of tools: PyTorch asks the driver for what may fail, and parity itself tells where an error matters."""
 SUMMARY = re.compile(r"SUMMARY: (\d+) (?:error|hazard)")
 """What each tool of compute-sanitizer says in the end."""
 
@@ -89,7 +91,17 @@ def sanitize(jobs: list[list[str]], tool: str, workers: int) -> list[tuple[bool,
     env = os.environ | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {})
 
     def run(words: list[str]) -> tuple[bool, str]:
-        command = [program, "--tool", tool, sys.executable, "-m", "mace_triton.cli", "dev", *words]
+        command = [
+            program,
+            "--tool",
+            tool,
+            *OPTIONS.get(tool, []),
+            sys.executable,
+            "-m",
+            "mace_triton.cli",
+            "dev",
+            *words,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, env=env)
         return verdict(done.stdout + done.stderr, done.returncode)
 

@@ -138,8 +138,8 @@ def test_kernels_are_loaded_side_by_side(device, monkeypatch):
     atoms = mm.random_structures(SMALL["elements"], seed=1)[0]
     Engine(fast_model("mp-medium", device, channels=19), atoms).step()
     ours = [thread for thread in loaded if thread == threading.get_ident()]
-    assert len(loaded) > 10
-    assert len(ours) < 10  # the filter of edges, which runs for real before
+    assert len(loaded) - len(ours) > 3
+    assert len(ours) <= 6  # the filter of edges, which runs for real before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="without a GPU nothing is compiled")

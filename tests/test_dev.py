@@ -145,6 +145,7 @@ def test_sanitize_runs_every_parity(tmp_path, monkeypatch):
     assert len(seen) == len(dev.OPS) + 1
     assert all(line.startswith("--tool racecheck ") and line.endswith("--shape large --dtype fp32") for line in seen)
     assert run("sanitize", "linear", "--dtype", "fp32").exit_code == 0
+    assert "--tool memcheck --report-api-errors no " in (tmp_path / "seen").read_text().splitlines()[-1]
     program.unlink()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "compute-sanitizer is not on the PATH" in run("sanitize", "linear").output
