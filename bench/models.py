@@ -7,13 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy as np
 import torch
-from e3nn import o3
 from torch import Tensor
 
 from . import blocks, providers, structures, timing
-from .blocks import HIDDEN, Prepared
+from .blocks import Prepared
 from .rows import Row
 
 ELEMENTS = tuple(z for z in range(1, 95) if z not in (84, 85, 86, 87, 88))  # the 89 of MACE-MP-0
@@ -30,29 +28,9 @@ FORCE_WEIGHT = 100.0
 @lru_cache(maxsize=2)
 def mp_model(name: str, channels: int = 128, elements: tuple[int, ...] = ELEMENTS, seed: int = 0) -> torch.nn.Module:
     """A ScaleShiftMACE in FP64 on the CPU with MACE-MP-0's hyperparameters and random weights."""
-    from mace import modules
+    from mace_triton.dev_engine import random_model
 
-    with providers.default_dtype(torch.float64), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return modules.ScaleShiftMACE(
-            r_max=6.0,
-            num_bessel=10,
-            num_polynomial_cutoff=5,
-            max_ell=3,
-            interaction_cls=modules.RealAgnosticResidualInteractionBlock,
-            interaction_cls_first=modules.RealAgnosticResidualInteractionBlock,
-            num_interactions=2,
-            num_elements=len(elements),
-            hidden_irreps=o3.Irreps(HIDDEN[name].format(c=channels)),
-            MLP_irreps=o3.Irreps("16x0e"),
-            atomic_energies=np.linspace(-3.0, 2.0, len(elements)),
-            avg_num_neighbors=10.0,  # root of the number of neighbours: random messages add up to features of order 1
-            atomic_numbers=list(elements),
-            correlation=3,
-            gate=torch.nn.functional.silu,
-            atomic_inter_scale=0.8,
-            atomic_inter_shift=0.1,
-        )
+    return random_model(name, channels, elements, 6.0, seed)
 
 
 def batch(

@@ -1,8 +1,7 @@
 """`mace-triton dev`: what someone needs who works on a kernel. docs/kernel-development.md walks through it.
 
 compile: registers, stack, shared memory and instructions of every kernel, for GPUs that are not there.
-parity: forward, backward and double backward of one op, or steps of the engine, against FP64, on a GPU or in Triton's
-interpreter.
+parity: all derivatives of one op, or steps of the engine, against FP64, on a GPU or in Triton's interpreter.
 sanitize: all of that under NVIDIA's compute-sanitizer; needs a GPU.
 time, tune: milliseconds and share of the roofline, and the search for tiles; both need a GPU and check parity first.
 """
@@ -210,9 +209,10 @@ def parity(
 
 def in_interpreter(*arguments: str) -> int:
     """Run `mace-triton dev ...` in a process where Triton interprets the kernels; its exit code."""
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    return subprocess.run([sys.executable, "-m", "mace_triton.cli", "dev", *arguments], env=env).returncode
+    from .dev_engine import child
+
+    command, env = child(*arguments, TRITON_INTERPRET="1")
+    return subprocess.run(command, env=env).returncode
 
 
 # ---------------------------------------------------------------------------------------------------------- sanitize

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import mace  # noqa: F401  before e3nn, see mace_triton/__init__.py
 import numpy as np
@@ -30,12 +31,11 @@ SUMMARY = re.compile(r"SUMMARY: (\d+) (?:error|hazard)")
 """What each tool of compute-sanitizer says in the end."""
 
 
-def random_model(shape: str, channels: int, r_max: float) -> torch.nn.Module:
-    """A MACE-MP-shaped model of water with random weights, in FP64 on the CPU."""
-    hidden = o3.Irreps(HIDDEN[shape].format(c=channels))
+def random_model(shape: str, channels: int, elements: tuple[int, ...], r_max: float, seed: int = 0) -> torch.nn.Module:
+    """A ScaleShiftMACE in FP64 on the CPU with MACE-MP-0's hyperparameters and random weights."""
     block = modules.RealAgnosticResidualInteractionBlock
     with default_dtype(torch.float64), torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return modules.ScaleShiftMACE(
             r_max=r_max,
             num_bessel=10,
@@ -44,12 +44,12 @@ def random_model(shape: str, channels: int, r_max: float) -> torch.nn.Module:
             interaction_cls=block,
             interaction_cls_first=block,
             num_interactions=2,
-            num_elements=2,
-            hidden_irreps=hidden,
+            num_elements=len(elements),
+            hidden_irreps=o3.Irreps(HIDDEN[shape].format(c=channels)),
             MLP_irreps=o3.Irreps("16x0e"),
-            atomic_energies=np.array([-1.0, 2.0]),
-            avg_num_neighbors=10.0,
-            atomic_numbers=[1, 8],
+            atomic_energies=np.linspace(-3.0, 2.0, len(elements)),
+            avg_num_neighbors=10.0,  # root of the number of neighbours: random messages add up to features of order 1
+            atomic_numbers=list(elements),
             correlation=3,
             gate=torch.nn.functional.silu,
             atomic_inter_scale=0.8,
@@ -62,8 +62,8 @@ def compare(shape: str, dtype: str) -> list[tuple[str, float, float]]:
 
     Energies in meV an atom, forces (root mean square) in meV/angstrom. In Triton's interpreter all is small.
     """
-    device, *size, count = ("cuda", 64, 5.0, 24) if torch.cuda.is_available() else ("cpu", 8, 1.7, 6)
-    model, atoms, rows = random_model(shape, *size), water_box(2)[:count], []
+    device, channels, r_max, count = ("cuda", 64, 5.0, 24) if torch.cuda.is_available() else ("cpu", 8, 1.7, 6)
+    model, atoms, rows = random_model(shape, channels, (1, 8), r_max), water_box(2)[:count], []
     for way, (deterministic, memory) in WAYS.items():
         calculator = MACETritonCalculator(model, precision=dtype, device=device, deterministic=deterministic)
         calculator.engines = [Engine(calculator.models[0], atoms, memory=memory)]
@@ -79,6 +79,12 @@ def compare(shape: str, dtype: str) -> list[tuple[str, float, float]]:
     return rows
 
 
+def child(*arguments: str, **more: str) -> tuple[list[str], dict[str, str]]:
+    """`mace-triton dev ...` for another process, and an environment, `more` in it, that lets it find this package."""
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+    return [sys.executable, "-m", "mace_triton.cli", "dev", *arguments], {**os.environ, "PYTHONPATH": path, **more}
+
+
 def sanitize(jobs: list[list[str]], tool: str, workers: int) -> list[tuple[bool, str]]:
     """(clean, what was reported) of each `mace-triton dev ...` under a tool of compute-sanitizer, several at a time.
 
@@ -88,21 +94,12 @@ def sanitize(jobs: list[list[str]], tool: str, workers: int) -> list[tuple[bool,
     if program is None:
         raise RuntimeError("dev sanitize: compute-sanitizer is not on the PATH; it comes with NVIDIA's CUDA toolkit")
     # Memory that PyTorch keeps for later use would hide what is read behind the end of a tensor.
-    env = os.environ | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {})
+    more = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
+    under = [program, "--tool", tool, *OPTIONS.get(tool, [])]
 
     def run(words: list[str]) -> tuple[bool, str]:
-        command = [
-            program,
-            "--tool",
-            tool,
-            *OPTIONS.get(tool, []),
-            sys.executable,
-            "-m",
-            "mace_triton.cli",
-            "dev",
-            *words,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        command, env = child(*words, **more)
+        done = subprocess.run([*under, *command], env=env, capture_output=True, text=True)
         return verdict(done.stdout + done.stderr, done.returncode)
 
     with ThreadPoolExecutor(workers) as pool:

@@ -30,7 +30,7 @@ from mace.data import KeySpecification
 from mace.tools import torch_geometric
 
 from ..certify import check_structure, graph_of, pick_head
-from ..nn import edge_vectors as vectors
+from ..nn import edge_vectors as stand_in
 from ..ops import graph, species
 from ..ops.edge_embedding import edge_vectors
 from ..ops.edge_filter import Candidates, Edges, edge_filter
@@ -442,9 +442,9 @@ class Engine:
         with ExitStack() as stack:
             stack.enter_context(graph.given(edges.plan(self._perm)))
             stack.enter_context(species.given(self._data["node_attrs"], self._species))
-            if vectors.attached(self.model):  # else MACE subtracts what is rounded already
+            if stand_in.attached(self.model):  # else MACE subtracts what is rounded already
                 found = (t.to(self.dtype) for t in edge_vectors(x, edges.edge_index, shifts))
-                stack.enter_context(vectors.given(edges.edge_index, *found))
+                stack.enter_context(stand_in.given(edges.edge_index, *found))
             out = self.model(self._data | given, compute_force=False)
         # MACE differentiates by a strain, whose way back through `cell[batch[sender]]` adds all edges to one place.
         gx, *along = torch.autograd.grad(out["energy"].sum(), (x, shifts) if self.stress else (x,))
@@ -454,8 +454,8 @@ class Engine:
     def _virial(self, x: torch.Tensor, edges: Edges, gradient: torch.Tensor) -> torch.Tensor:
         """The edges' vectors times the gradients [E, 3] by them, as dyads, summed over each receiver's."""
         sender, receiver = edges.edge_index
-        along = x.index_select(0, receiver) - x.index_select(0, sender) + edges.shifts.detach()
-        dyads = (along[:, :, None] * gradient.double()[:, None, :]).flatten(1)
+        vectors = x.index_select(0, receiver) - x.index_select(0, sender) + edges.shifts
+        dyads = (vectors[:, :, None] * gradient[:, None, :]).flatten(1)  # all FP64
         rows = edges.row_ptr.long()  # summed in order, not by atomic additions
         return torch.segment_reduce(dyads, "sum", offsets=rows, axis=0, unsafe=True).view(-1, 3, 3)
 
