@@ -1,6 +1,6 @@
 """Long dynamics with the water model that ships: `python -m bench.long_run` runs all cases side by side.
 
-Where there are several cards, runs of one size share one.
+Where there are several cards, each gets its share of them.
 
 NVE (velocity Verlet) and NVT (Langevin) of 192 and 1536 atoms, and NVT in deterministic mode twice. For each: drift of
 the total energy, temperature, memory at the beginning and at the end, whether every number was finite, and a digest of
@@ -162,9 +162,19 @@ def side_by_side(runs: tuple[Run, ...], steps: dict[bool, int], seconds: float, 
 
 
 def card_of(run: Run, device: str, cards: int) -> str:
-    """The device of a run: processes that share a card wait for each other, so sizes have cards of their own."""
-    sides = sorted({other.side for other in RUNS}, reverse=True)
-    return f"cuda:{sides.index(run.side) % cards}" if device == "cuda" and cards > 1 else device
+    """The device of a run: of several cards the one with fewest atoms when runs are dealt out, the largest first.
+
+    Processes that share a card wait for each other's turns.
+    """
+    if device != "cuda" or cards < 2:
+        return device
+    atoms = [0] * cards
+    for other in sorted(RUNS, key=lambda other: -other.atoms):
+        card = atoms.index(min(atoms))
+        if other == run:
+            break
+        atoms[card] += other.atoms
+    return f"cuda:{card}"
 
 
 def _row_of(run: Run, out: str, err: str) -> Row:

@@ -238,10 +238,10 @@ def sanitize(
 
     ops = (WHOLE, *OPS) if op == "all" else (op,)  # the longest first
     jobs = [["parity", name, "--shape", shape, "--dtype", kind] for name in ops for kind in dtypes]
-    found = dev_engine.sanitize(jobs, tool, workers)
+    found, bad = dev_engine.sanitize(jobs, tool, workers), 0
     for (_, name, _, _, _, kind), (clean, told) in zip(jobs, found, strict=True):
         console.print(f"{name} {shape} {kind}: " + ("[green]nothing reported[/]" if clean else f"[red]{told}[/]"))
-    bad = sum(not clean for clean, _ in found)
+        bad += not clean
     console.print(f"{tool}: {len(jobs)} runs, {bad} with reports", highlight=False)
     if bad:
         raise typer.Exit(1)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -85,8 +86,10 @@ def child(*arguments: str, **more: str) -> tuple[list[str], dict[str, str]]:
     return [sys.executable, "-m", "mace_triton.cli", "dev", *arguments], {**os.environ, "PYTHONPATH": path, **more}
 
 
-def sanitize(jobs: list[list[str]], tool: str, workers: int) -> list[tuple[bool, str]]:
+def sanitize(jobs: list[list[str]], tool: str, workers: int) -> Iterator[tuple[bool, str]]:
     """(clean, what was reported) of each `mace-triton dev ...` under a tool of compute-sanitizer, several at a time.
+
+    They come in the order of the jobs, each as soon as it has ended.
 
     Raises RuntimeError where compute-sanitizer, a part of the CUDA toolkit, is not installed.
     """
@@ -103,7 +106,7 @@ def sanitize(jobs: list[list[str]], tool: str, workers: int) -> list[tuple[bool,
         return verdict(done.stdout + done.stderr, done.returncode)
 
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(run, jobs))
+        yield from pool.map(run, jobs)
 
 
 def verdict(output: str, code: int) -> tuple[bool, str]:

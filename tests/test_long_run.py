@@ -65,11 +65,16 @@ def test_a_run_that_broke_off_is_a_row_too(tmp_path, monkeypatch):
     assert {(words["run"], words["steps"]) for words in asked} >= {("nve-192-0", "7"), ("nvt-192-deterministic-1", "5")}
 
 
-def test_sizes_have_cards_of_their_own():
-    cards = {(run.side, long_run.card_of(run, "cuda", 2)) for run in long_run.RUNS}
-    assert cards == {(8, "cuda:0"), (4, "cuda:1")}
+@pytest.mark.parametrize(("cards", "most"), [(2, 1536 + 2 * 192), (3, 1536), (4, 1536)])
+def test_cards_share_the_atoms(cards: int, most: int):
+    atoms: dict[str, int] = {}
+    for run in long_run.RUNS:
+        card = long_run.card_of(run, "cuda", cards)
+        atoms[card] = atoms.get(card, 0) + run.atoms
+    assert max(atoms.values()) == most
+    assert set(atoms) == {f"cuda:{card}" for card in range(cards)}
     assert {long_run.card_of(run, "cuda", 1) for run in long_run.RUNS} == {"cuda"}
-    assert {long_run.card_of(run, "cpu", 2) for run in long_run.RUNS} == {"cpu"}
+    assert {long_run.card_of(run, "cpu", cards) for run in long_run.RUNS} == {"cpu"}
 
 
 def test_same_bits_of_runs_that_differ():
