@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import md_step, models, providers, timing
+from . import blocks, md_step, models, providers, timing
 from .rows import Row
 
 
@@ -111,7 +111,7 @@ def in_fresh_process(cache: Path, name: str, atoms: int, provider: str, precisio
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="medium", choices=sorted(models.HIDDEN))
+    parser.add_argument("--model", default="medium", choices=sorted(blocks.HIDDEN))
     parser.add_argument("--atoms", type=int, default=192)
     parser.add_argument("--provider", default="mace_triton", choices=providers.NAMES)
     parser.add_argument("--precision", default="fp32")
