@@ -6,6 +6,7 @@ Monomials are products of gathered components; a component that is always one st
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import reduce
 
 import torch
 
@@ -62,8 +63,9 @@ def _factors(x: torch.Tensor, index: torch.Tensor, missing: float) -> list[torch
 
 
 def _product(factors: list[torch.Tensor], *leave_out: int) -> torch.Tensor:
+    """One after another: torch.prod divides for its derivatives, and its second ones cancel where a factor is small."""
     kept = [factor for i, factor in enumerate(factors) if i not in leave_out]
-    return torch.stack(kept).prod(dim=0) if kept else torch.ones_like(factors[0])
+    return reduce(torch.mul, kept) if kept else torch.ones_like(factors[0])
 
 
 def _derivative(factors: list[torch.Tensor], tangents: list[torch.Tensor], *leave_out: int) -> torch.Tensor:

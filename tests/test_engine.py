@@ -433,3 +433,15 @@ def test_certificate_of_a_calculator_is_of_what_it_runs(device, reference_path):
     assert certificate.force_rmse == pytest.approx(1.0, rel=1e-3)
     ours.skin = None
     assert ours.certify(atoms).passed
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_steps_on_a_gpu_that_is_not_the_current_one():
+    structures = mm.random_structures(SMALL["elements"], seed=1)
+    for device in map(torch.device, ("cuda:1", "cuda:0", "cuda:1")):
+        model, found = e3nn_model("mp-large", device), Engine(fast_model("mp-large", device), structures, skin=0.6)
+        with torch.cuda.device(0):
+            for seed in range(3):
+                check(found, model, moved(structures, 0.3 * seed, seed))
+        assert found.captures > 0
+        assert found.positions.device == device

@@ -75,6 +75,22 @@ def wanted(problem, data: dict[str, torch.Tensor], species: torch.Tensor, with_q
     ]
 
 
+def test_formula_has_exact_second_derivatives_where_a_component_is_small():
+    """Those of autograd through the formula, which `dev parity` compares with, are those that are written out."""
+    problem = problem_with(3)
+    data = operands(problem, [0, 1], 2, torch.float64, "cpu")
+    data["x"][:, ::2] *= 1e-8
+    x, w, g = (data[key].requires_grad_() for key in ("x", "w", "g"))
+    species = torch.tensor([0, 1])
+    out = reference.symmetric_contraction_fwd(problem, x, reference.combine(problem, w), species)
+    first = torch.autograd.grad(out, (x, w), g, create_graph=True)
+    second = torch.autograd.grad(first, (g, x, w), (data["a"], data["q"]))
+    with torch.no_grad():
+        exact = wanted(problem, data, species)
+    for got, want in zip((out, *first, *second), exact, strict=True):
+        assert (got - want).norm() <= 100 * torch.finfo(want.dtype).eps * want.norm()
+
+
 SPECIES = {
     "some absent": ([3, 0, 0, 3, 1, 0, 3], 5),
     "one": ([0] * 20, 1),

@@ -18,7 +18,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -153,6 +153,10 @@ class Engine:
         """
         if self._version is None:
             self._take_weights()
+        with _current(self.device):
+            return self._step(positions, cells)
+
+    def _step(self, positions, cells) -> Results:
         fresh = self._pairs is None
         if positions is not None:
             positions = _like(positions, self.positions, "positions")
@@ -400,7 +404,7 @@ class Engine:
 
     def _record(self) -> torch.cuda.CUDAGraph:
         recorded = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(recorded):
+        with torch.cuda.graph(recorded, stream=torch.cuda.Stream(self.device)):  # the default is of one device for all
             self._evaluate()
         return recorded
 
@@ -477,3 +481,8 @@ def _like(given, buffer: torch.Tensor, name: str) -> torch.Tensor:
     if given.shape != buffer.shape:
         raise ValueError(f"{name} must have shape {list(buffer.shape)}, got {list(given.shape)}")
     return given
+
+
+def _current(device: torch.device):
+    """Makes a GPU the current one, on which vesin searches whatever tensors it is given."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
