@@ -110,7 +110,8 @@ def test_a_step_is_gated_by_energy_and_forces(direction, monkeypatch):
         assert refused["reason"].startswith(f"{wrong}: relative error")
 
 
-def test_first_use_times_conversion_and_first_call():
-    found = first_use.first_use("small", 24, "mace_triton", "fp32", 2, CPU)
-    assert found["seconds"] == pytest.approx(found["convert_s"] + found["first_call_s"])
-    assert min(found.values()) > 0
+def test_first_use_times_conversion_and_first_call(tmp_path):
+    here = first_use.first_use("small", 24, "mace_triton", "fp32", 2, CPU)
+    for found in (here, first_use.in_fresh_process(tmp_path, "small", 24, "e3nn", channels=2)):
+        assert found["seconds"] == pytest.approx(found["convert_s"] + found["first_call_s"])
+        assert min(found.values()) > 0
