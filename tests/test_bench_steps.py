@@ -51,14 +51,17 @@ def test_boxes_that_are_copies_of_smaller_ones():
 
 @pytest.fixture
 def pretended(monkeypatch):
-    """Nothing is measured: a step takes peers 40 ms and ours 1 ms, and fits up to so many atoms."""
-    fits = {"cueq": 10 * md_step.UNIT, "mace_triton": 40 * md_step.UNIT}
+    """Nothing is measured: a step takes peers 40 ms and ours 1 ms, and fits up to so many atoms; cueq's go wrong."""
+    fits, agree = {"cueq": 20 * md_step.UNIT, "mace_triton": 40 * md_step.UNIT}, {"cueq": 10 * md_step.UNIT}
 
     def measure_(spec, device):
         ms = 1.0 if spec.provider == "mace_triton" else 40.0
         row = measure.describe(spec) | {"kind": "md step", "gpu_ms": ms, "wall_ms": ms, "status": "ok", "reason": None}
         too_large = spec.case.atoms > fits.get(spec.provider, 0) and "largest" in fits
-        return row | ({"status": "failed", "reason": "OutOfMemoryError"} if too_large else {})
+        if too_large:
+            return row | {"status": "failed", "reason": "OutOfMemoryError"}
+        wrong = "largest" in fits and spec.case.atoms > agree.get(spec.provider, spec.case.atoms)
+        return row | ({"status": "refused", "reason": "energy"} if wrong else {})
 
     monkeypatch.setattr(measure, "measure", measure_)
     return fits
@@ -78,12 +81,12 @@ def test_steps_are_compared_with_every_peer(name, asked, pretended, tmp_path):
         assert any(f": {peer} fp32" in bar["bar"] for bar in section.bars)
 
 
-def test_the_largest_system_is_the_last_that_ran(pretended, tmp_path):
+def test_the_largest_system_is_the_last_that_ran_and_may_be_wrong(pretended, tmp_path):
     pretended["largest"] = True
     section = bars.Section("largest", tmp_path / "bars.json", CPU)
     bars.largest(section)
-    assert [bar["value"] for bar in section.bars] == [8 * md_step.UNIT, 32 * md_step.UNIT, 4.0]
-    assert [row["atoms"] // md_step.UNIT for row in section.rows] == [8, 12, 8, 12, 16, 24, 32, 48]
+    assert [bar["value"] for bar in section.bars] == [*(boxes * md_step.UNIT for boxes in (16, 8, 32, 32)), 2.0]
+    assert [row["atoms"] // md_step.UNIT for row in section.rows] == [8, 12, 16, 24, 8, 12, 16, 24, 32, 48]
     assert {row["kind"] for row in section.rows} == {"largest"}
 
 
