@@ -14,8 +14,7 @@ from rich.table import Table
 
 from .convert import report
 from .engine import Engine
-from .engine.engine import USABLE
-from .engine.memory import Footprint, footprint
+from .engine.memory import USABLE, Footprint, footprint
 
 STEPS = 15
 MOVE = 0.005
@@ -62,7 +61,7 @@ class Diagnosis:
         if self.peak is not None:
             found.append(("peak memory", f"{_gib(self.peak)} of {_gib(self.memory)}"))
         if self.predicted is not None and self.memory is not None:
-            largest = self.predicted.largest(self.atoms, int(USABLE * self.memory))
+            largest = self.predicted.largest(int(USABLE * self.memory))
             found.append(("would fit", f"about {largest} atoms as dense as these"))
         return found
 

@@ -51,16 +51,16 @@ def test_memory_follows_edges_atoms_and_storage(device):
 
 
 def test_largest_system():
-    found = Footprint(weights=600, apart=2560, rest=390, model=50)
+    found = Footprint(atoms=10, weights=600, apart=2560, rest=390, model=50)
     assert found.total == found.in_shares(1) == 1040
     assert found.shares(1040) == 1
     for memory in (1039, 700, 460, 451, 10):
         number = found.shares(memory)
         assert number > 1
         assert found.in_shares(number) <= max(memory, 450)
-    assert found.largest(10, 450) == 10
-    assert found.largest(10, 4050) == 100
-    assert found.largest(10, 20) == 0
+    assert found.largest(450) == 10
+    assert found.largest(4050) == 100
+    assert found.largest(20) == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has no peak to compare with")

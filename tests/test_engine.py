@@ -192,16 +192,44 @@ def test_a_part_that_stayed_maces_is_not_written_out(part, device, reference_pat
     assert found.autograd_because
 
 
+def too_large(found: Engine, fits: int, monkeypatch) -> list[int]:
+    """Makes steps in fewer than `fits` shares run out of memory; in how many they were tried."""
+    run, tried = found._run, []
+
+    def limited() -> bool:
+        tried.append(found.shares)
+        if found.shares < fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much.")
+        return run()
+
+    monkeypatch.setattr(found, "_run", limited)
+    return tried
+
+
+def test_a_step_that_does_not_fit_is_taken_in_shares(device, reference_path, monkeypatch, caplog):
+    model, structures = e3nn_model("mp-large", device), mm.random_structures(SMALL["elements"], seed=6)
+    found = Engine(fast_model("mp-large", device), structures, skin=0.6)
+    check(found, model, structures)
+    tried = too_large(found, 3, monkeypatch)
+    for by in (0.05, 0.4):
+        check(found, model, moved(structures, by))
+    assert tried[0] == 1
+    assert found.shares == tried[-1] >= 3
+    assert tried[:-2] == sorted(set(tried[:-2]))  # more and more, until it fits
+    assert f"made in {found.shares} shares" in caplog.text
+
+
 def test_too_little_memory_says_what_would_fit(device, reference_path, monkeypatch):
     atoms = mm.random_structures(SMALL["elements"], seed=6)[0]
-    card = type("Card", (), {"total_memory": 2**30})
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    for name in ("mp-small", "nonlinear"):
+    for name, memory in (("mp-small", 2**10), ("mp-small", 2**50), ("nonlinear", 2**10)):
+        card = type("Card", (), {"total_memory": memory})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, card=card: card)
         found = Engine(fast_model(name, device), atoms)
-        monkeypatch.setattr(found, "_run", lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
-        with pytest.raises(torch.OutOfMemoryError, match="does not fit") as raised:
+        tried = too_large(found, 1 << 30, monkeypatch)
+        with pytest.raises(torch.OutOfMemoryError, match=r"does not fit.* \(CUDA out of memory\)") as raised:
             found.step()
-        assert ("would fit" in str(raised.value)) == (name == "mp-small")
+        assert ("would fit" in str(raised.value)) == (name == "mp-small" and memory == 2**10)
+        assert len(tried) == 1 or name == "mp-small"
 
 
 def test_positions_that_are_not_finite_are_refused_and_forgotten(device, reference_path):

@@ -38,14 +38,14 @@ from ..reference_edge_filter import PAD
 from . import neighbours
 from .chain import Chain, uncovered
 from .compiling import noted, together
-from .memory import footprint
+from .memory import Footprint, footprint, unused
 from .shares import Share, hold, shares
 
 LOG = logging.getLogger(__name__)
 ROOM = 1.02
 """How much larger than its content a bucket is made."""
-USABLE = 0.9
-"""Of the memory that is free; the rest is left to others and to gaps."""
+LESS = 0.7
+"""Of the memory that a step was thought to take: what it may take where it did not fit."""
 WARM_UP = 3
 """Evaluations before capture: TorchScript takes two to settle, and kernels compile in the first."""
 
@@ -172,11 +172,7 @@ class Engine:
         if fresh:
             self._find()
         for _ in range(4):
-            try:
-                same = self._run()
-            except torch.OutOfMemoryError as error:
-                raise torch.OutOfMemoryError(self._needs()) from error
-            if not same:
+            if not self._run_in_memory():
                 self._take_weights()
                 self._find()
                 continue
@@ -186,16 +182,36 @@ class Engine:
             self._find(int(count))
         raise RuntimeError("the neighbours of this step do not settle; please report the structure")
 
+    def _run_in_memory(self) -> bool:
+        """`_run`, in as many shares as it takes: gaps between what is allocated are in no estimate."""
+        while True:
+            try:
+                return self._run()
+            except torch.OutOfMemoryError as error:
+                said = str(error).split(". ")[0]
+            if not self._in_more_shares():  # not above, where the error holds on to all that there was
+                raise torch.OutOfMemoryError(f"{self._needs()} ({said})")
+
+    def _in_more_shares(self) -> bool:
+        """Whether weights can be made in more shares than they were; then the next run does."""
+        if self.autograd_because:
+            return False
+        before = self.shares
+        self._memory = int(LESS * self._footprint().in_shares(before))
+        self._graph = self._chain = self._pairs = None
+        self._clear()
+        self._find()
+        if self.shares > before:
+            LOG.warning("a step did not fit into the GPU's memory; weights are now made in %d shares", self.shares)
+        return self.shares > before
+
     def _needs(self) -> str:
         """What a step would have needed, for whoever has too little memory."""
         text = f"a step of {self.atoms} atoms with {self.capacity} edges does not fit into the GPU's memory"
-        if self.autograd_because:
-            return text
-        expected = footprint(self.model, self.atoms, self.capacity, self._listed)
-        memory = torch.cuda.get_device_properties(self.device).total_memory
-        largest = expected.largest(self.atoms, int(USABLE * memory))
-        takes = f"it takes about {expected.in_shares(self.shares) / 2**30:.1f} GiB"
-        return f"{text}: {takes}; about {largest} atoms as dense as these would fit"
+        return text if self.autograd_because else f"{text}: {self._footprint().verdict(self.shares, self.device)}"
+
+    def _footprint(self) -> Footprint:
+        return footprint(self.model, self.atoms, self.capacity, self._listed)
 
     def on_host(self) -> Results:
         """The results of the last step as arrays of their own."""
@@ -307,13 +323,8 @@ class Engine:
 
     def _shared_out(self, pairs: Candidates) -> tuple[Share, ...]:
         """The shares in which weights are made; none where memory is enough for all of them."""
-        memory = self._memory
-        if memory is None:
-            if self.device.type != "cuda":
-                return ()
-            own = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-            memory = int(USABLE * (torch.cuda.mem_get_info(self.device)[0] + own))
-        number = footprint(self.model, self.atoms, self.capacity, self._listed).shares(memory)
+        memory = unused(self.device) if self._memory is None else self._memory
+        number = 1 if memory is None else self._footprint().shares(memory)
         return shares(pairs.ptr, number) if number > 1 else ()
 
     def _batch(self) -> dict[str, torch.Tensor]:
@@ -366,7 +377,7 @@ class Engine:
     def _recorded(self) -> torch.cuda.CUDAGraph | None:
         """The step as a CUDA graph; None, with a warning, for a model that does what a graph cannot hold."""
         self._warm_up()
-        torch.cuda.empty_cache()  # a graph has memory of its own, as much again
+        self._clear()  # a graph has memory of its own, as much again
         try:
             recorded = self._record()
             self.captures += 1
@@ -400,7 +411,12 @@ class Engine:
         if jobs:
             together(jobs)
             self._chain = self._write_out()
-        torch.cuda.empty_cache()  # the warm-up's stream cannot use what was freed on this one
+        self._clear()  # the warm-up's stream cannot use what was freed on this one
+
+    def _clear(self) -> None:
+        """Give memory back; results may lie in the segment of a large tensor, which would stay for them."""
+        self.results = self._all = None
+        torch.cuda.empty_cache()
 
     def _record(self) -> torch.cuda.CUDAGraph:
         recorded = torch.cuda.CUDAGraph()
@@ -410,6 +426,7 @@ class Engine:
 
     def _evaluate(self) -> None:
         """Edges, model, derivatives; what it leaves in `results` and `_all` is overwritten by the next replay."""
+        self.results = self._all = None
         x = self._moved()
         edges = self._edges(x)
         energies, gx, virial = (self._by_autograd if self._chain is None else self._chain)(x, edges)

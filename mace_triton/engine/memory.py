@@ -21,14 +21,17 @@ NODE_COPIES = 1.25
 
 MOST = 256
 """Shares beyond which more of them save nothing."""
+USABLE = 0.9
+"""Of the memory that is free; the rest is left to others and to gaps."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a step: weights of all edges, in pairs; the same without pairs and for all candidates, of which a share
-    at a time will do; all else that grows with edges and atoms; the model with its tables.
+    """Bytes of a step of so many atoms: weights of all edges, in pairs; the same without pairs and for all candidates,
+    of which a share at a time will do; all else that grows with edges and atoms; the model with its tables.
     """
 
+    atoms: int
     weights: int
     apart: int
     rest: int
@@ -49,9 +52,15 @@ class Footprint:
         """Bytes of a step whose weights are made in so many shares."""
         return self.total if number == 1 else self.apart // number + self.rest + self.model
 
-    def largest(self, atoms: int, memory: int) -> int:
+    def largest(self, memory: int) -> int:
         """How many atoms, as dense as these, fit into `memory` bytes, in as many shares as it takes."""
-        return max(0, int(atoms * (memory - self.model) / (self.apart / MOST + self.rest)))
+        return max(0, int(self.atoms * (memory - self.model) / (self.apart / MOST + self.rest)))
+
+    def verdict(self, number: int, device: torch.device) -> str:
+        """What so many shares take, and how many atoms would fit on a GPU, where these are more."""
+        most = self.largest(int(USABLE * torch.cuda.get_device_properties(device).total_memory))
+        fitting = f"; about {most} atoms as dense as these would fit" if most < self.atoms else ""
+        return f"it takes about {self.in_shares(number) / 2**30:.1f} GiB{fitting}"
 
 
 def footprint(model: torch.nn.Module, atoms: int, edges: int, candidates: int) -> Footprint:
@@ -67,7 +76,15 @@ def footprint(model: torch.nn.Module, atoms: int, edges: int, candidates: int) -
     rest = 2 * hidden * size * pairs + (EDGE_NUMBERS * size + EDGE_BYTES) * edges + CANDIDATE_BYTES * candidates
     rest += int(NODE_COPIES * nodes * size) * atoms
     own = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    return Footprint(2 * max(widths) * pairs, int(2 * max(widths) * SHARE_ROOM * candidates), rest, own)
+    return Footprint(atoms, 2 * max(widths) * pairs, int(2 * max(widths) * SHARE_ROOM * candidates), rest, own)
+
+
+def unused(device: torch.device) -> int | None:
+    """Bytes that a step may take of what is free on a GPU, torch's own reserve included; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    own = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(USABLE * (torch.cuda.mem_get_info(device)[0] + own))
 
 
 def _node_numbers(block: torch.nn.Module, product: torch.nn.Module) -> int:
