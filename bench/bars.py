@@ -35,6 +35,7 @@ class Section:
     def flush(self) -> None:
         document = json.loads(self.path.read_text()) if self.path.exists() else {"sections": {}}
         self.header["seconds"] = round(time.perf_counter() - self.started, 1)
+        self.header["load_average"] = max(rows.load_average(), self.header["load_average"])
         document["sections"][self.name] = {"environment": self.header, "rows": self.rows, "bars": self.bars}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(document, indent=1) + "\n")

@@ -76,7 +76,14 @@ def environment(device: torch.device) -> Row:
         "revision": revision(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command(sys.argv),
+        "processors": os.cpu_count(),
+        "load_average": load_average(),
     }
+
+
+def load_average() -> float:
+    """Processes that want a processor, a mean over a minute: far more than one and the host's times are not ours."""
+    return round(os.getloadavg()[0], 1)
 
 
 def same_work(row: Row) -> tuple:

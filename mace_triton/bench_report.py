@@ -196,12 +196,14 @@ def plot(rows: list[Row], title: str, path: Path) -> bool:
 
 
 def _environment_lines(runs) -> Iterator[str]:
-    head = ("date", "revision", "driver", "copy GB/s", "versions", "command")
+    head = ("date", "revision", "driver", "copy GB/s", "load of processors", "versions", "command")
     lines = []
     for env, _, _ in runs:
         versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
         bandwidth = number(env.get("copy_bandwidth_gb_per_s"))
-        lines.append([env["date"], env["revision"], env["driver"] or "", bandwidth, versions, f"`{env['command']}`"])
+        load = f"{env['load_average']} of {env['processors']}" if "processors" in env else ""
+        known = env["date"], env["revision"], env["driver"] or "", bandwidth, load, versions
+        lines.append([*known, f"`{env['command']}`"])
     yield from table(head, lines)
 
 

@@ -25,6 +25,13 @@ app = typer.Typer(
 )
 console = Console()
 
+Model = Annotated[str, typer.Argument(help="'water' (shipped), a .model file, or a foundation model's name.")]
+Structure = Annotated[Path, typer.Argument(help="Any file that ASE reads; its last frame.")]
+Precision = Annotated[str | None, typer.Option(help="fp64, fp32, tf32, bf16, fp16; default: the model's.")]
+Head = Annotated[str | None, typer.Option(help="Of a model with several.")]
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:N or cpu; default: a GPU if there is one.")]
+"""What several commands ask for."""
+
 
 def fail(message: object) -> typer.Exit:
     """Print one line to stderr; `raise fail(...)` ends with exit code 1."""
@@ -63,10 +70,10 @@ def demo(
     model: Annotated[
         str, typer.Option(help="'water' (shipped), a .model file, or a foundation model's name.")
     ] = "water",
-    precision: Annotated[str | None, typer.Option(help="fp64, fp32, tf32, bf16, fp16; default: the model's.")] = None,
+    precision: Precision = None,
     side: Annotated[int, typer.Option(help="Water molecules along an edge: 4 is 192 atoms, 8 is 1536.")] = 4,
     start: Annotated[Path | None, typer.Option(help="Start from this structure instead of a water box.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, cuda:N or cpu; default: a GPU if there is one.")] = None,
+    device: Device = None,
     temperature: Annotated[float, typer.Option(help="Kelvin.")] = 300.0,
     timestep: Annotated[float, typer.Option(help="Femtoseconds.")] = 0.5,
     friction: Annotated[float, typer.Option(help="Of the Langevin thermostat, 1/fs.")] = 0.01,
@@ -100,7 +107,7 @@ def demo(
 
 @app.command()
 def md(
-    model: Annotated[str, typer.Argument(help="'water' (shipped), a .model file, or a foundation model's name.")],
+    model: Model,
     structure: Annotated[Path, typer.Argument(help="Any file that ASE reads; its last frame, with its velocities.")],
     steps: Annotated[int, typer.Option(help="Steps of the whole run, those before a restart included.")] = 10000,
     ensemble: Annotated[str, typer.Option(help="nve, nvt (Langevin) or npt (isotropic).")] = "nvt",
@@ -114,9 +121,9 @@ def md(
     friction: Annotated[float, typer.Option(help="Of nvt, 1/fs.")] = 0.01,
     every: Annotated[int, typer.Option(help="Steps between frames, lines of the table and restart files.")] = 100,
     seed: Annotated[int, typer.Option(help="Of new velocities and the thermostat.")] = 0,
-    precision: Annotated[str | None, typer.Option(help="fp64, fp32, tf32, bf16, fp16; default: the model's.")] = None,
-    head: Annotated[str | None, typer.Option(help="Of a model with several.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, cuda:N or cpu; default: a GPU if there is one.")] = None,
+    precision: Precision = None,
+    head: Head = None,
+    device: Device = None,
     skin: Annotated[float, typer.Option(help="Angstrom beyond the cutoff in which neighbours are kept.")] = 1.0,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="The same bits on every run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Run although the certificate failed.")] = False,
@@ -132,11 +139,11 @@ def md(
 
 @app.command()
 def certify(
-    model: Annotated[str, typer.Argument(help="'water' (shipped), a .model file, or a foundation model's name.")],
-    structure: Annotated[Path, typer.Argument(help="Any file that ASE reads; its last frame.")],
-    precision: Annotated[str | None, typer.Option(help="fp64, fp32, tf32, bf16, fp16; default: the model's.")] = None,
-    head: Annotated[str | None, typer.Option(help="Of a model with several.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, cuda:N or cpu; default: a GPU if there is one.")] = None,
+    model: Model,
+    structure: Structure,
+    precision: Precision = None,
+    head: Head = None,
+    device: Device = None,
 ) -> None:
     """Energy, forces and stress against e3nn in FP64, derivatives and symmetries; exit code 1 if something fails."""
     quiet()
@@ -154,11 +161,11 @@ def certify(
 
 @app.command()
 def doctor(
-    model: Annotated[str, typer.Argument(help="'water' (shipped), a .model file, or a foundation model's name.")],
-    structure: Annotated[Path, typer.Argument(help="Any file that ASE reads; its last frame.")],
-    precision: Annotated[str | None, typer.Option(help="fp64, fp32, tf32, bf16, fp16; default: the model's.")] = None,
-    head: Annotated[str | None, typer.Option(help="Of a model with several.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, cuda:N or cpu; default: a GPU if there is one.")] = None,
+    model: Model,
+    structure: Structure,
+    precision: Precision = None,
+    head: Head = None,
+    device: Device = None,
 ) -> None:
     """This machine, block by block what runs the model, and what a step costs: host, GPU, launches, memory."""
     quiet()

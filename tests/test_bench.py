@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -332,6 +333,18 @@ def test_environment_names_the_revision(monkeypatch):
     assert found["revision"] == "abc123"
     assert torch.__version__.startswith(found["versions"]["torch"])  # which may leave out the local part, "+cu130"
     assert rows.results_file(found, Path("x")).name.startswith("cpu-")
+
+
+def test_a_section_keeps_the_highest_load_of_the_machine(tmp_path, monkeypatch):
+    """Beside other work the host's times are not those of the programs that are compared."""
+    loads = iter([0.5, 7.0, 3.0])
+    monkeypatch.setattr(rows.os, "getloadavg", lambda: (next(loads), 0.0, 0.0))
+    section = bars.Section("conv", tmp_path / "bars.json", CPU)
+    for _ in range(2):
+        section.flush()
+    assert (section.header["load_average"], section.header["processors"]) == (7.0, os.cpu_count())
+    bench_report.write_report(tmp_path, tmp_path / "docs")
+    assert f"| 7.0 of {os.cpu_count()} |" in (tmp_path / "docs" / "benchmarks.md").read_text()
 
 
 def test_bars_judge_what_was_measured(tmp_path):

@@ -188,7 +188,7 @@ class Engine:
             try:
                 return self._run()
             except torch.OutOfMemoryError as error:
-                said = str(error).split(". ")[0]
+                said = ". ".join(str(error).split(". ")[:3])
             if not self._in_more_shares():  # not above, where the error holds on to all that there was
                 raise torch.OutOfMemoryError(f"{self._needs()} ({said})")
 
