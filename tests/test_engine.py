@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import weakref
 
 import ase
 import mace_models as mm
@@ -192,6 +193,48 @@ def test_a_part_that_stayed_maces_is_not_written_out(part, device, reference_pat
     assert found.autograd_because
 
 
+def held_by(thing: object, seen: set[int]) -> set[torch.Tensor]:
+    """Tensors that an object's attributes and their items lead to, modules left out."""
+    if id(thing) in seen or isinstance(thing, torch.nn.Module):
+        return set()
+    seen.add(id(thing))
+    if torch.is_tensor(thing):
+        return {thing}
+    parts = thing if isinstance(thing, (list, tuple)) else getattr(thing, "__dict__", {}).values()
+    return set().union(*(held_by(part, seen) for part in parts))
+
+
+@pytest.mark.parametrize("memory", [None, 1])
+@pytest.mark.parametrize("name", ["mp-large", "density"])
+def test_nothing_of_a_step_is_kept_beside_its_results(name, memory, device, reference_path):
+    """A graph's memory is taken beside what a step before it has left."""
+    found = Engine(fast_model(name, device), mm.random_structures(SMALL["elements"], seed=1), memory=memory, skin=0.6)
+    found.step()
+    chain = found._write_out()
+    before = held_by(chain, set())
+    chain(found._moved(), found._edges(found._moved()))
+    assert len(before) > 20
+    assert {id(tensor) for tensor in held_by(chain, set())} == {id(tensor) for tensor in before}
+
+
+def test_weights_of_one_share_are_gone_before_the_next(device, reference_path, monkeypatch):
+    found = Engine(fast_model("mp-large", device), mm.random_structures(SMALL["elements"], seed=1), memory=1, skin=0.6)
+    found.step()
+    made, alive = [], []
+    for layer in found._chain.layers:
+
+        def forward(h: torch.Tensor, make=layer.last.forward) -> torch.Tensor:
+            alive.append(sum(weights() is not None for weights in made))
+            out = make(h)
+            made.append(weakref.ref(out))
+            return out
+
+        monkeypatch.setattr(layer.last, "forward", forward)
+    found._evaluate()
+    assert len(made) == 3 * sum(len(layer.parts) for layer in found._chain.layers)
+    assert max(alive) == 1  # a share's weights, when their slopes are made
+
+
 def too_large(found: Engine, fits: int, monkeypatch) -> list[int]:
     """Makes steps in fewer than `fits` shares run out of memory; in how many they were tried."""
     run, tried = found._run, []
@@ -226,7 +269,7 @@ def test_too_little_memory_says_what_would_fit(device, reference_path, monkeypat
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, card=card: card)
         found = Engine(fast_model(name, device), atoms)
         tried = too_large(found, 1 << 30, monkeypatch)
-        with pytest.raises(torch.OutOfMemoryError, match=r"does not fit.* \(CUDA out of memory\)") as raised:
+        with pytest.raises(torch.OutOfMemoryError, match=r"does not fit.* \(CUDA out of memory") as raised:
             found.step()
         assert ("would fit" in str(raised.value)) == (name == "mp-small" and memory == 2**10)
         assert len(tried) == 1 or name == "mp-small"

@@ -163,8 +163,9 @@ class _Contraction:
 
     def backward(self, g: torch.Tensor) -> torch.Tensor:
         g = g.view(-1, self.problem.dim_out, self.problem.channels)
-        rest = (None, self.coef, *self.plan, self.problem.key, True, False)
-        gx, _ = OPS.symmetric_contraction_bwd(g, self.x, *rest)
+        rest, x = (None, self.coef, *self.plan, self.problem.key, True, False), self.x
+        self.x = None  # nothing of a step is kept: beside what a graph holds there is no room for it
+        gx, _ = OPS.symmetric_contraction_bwd(g, x, *rest)
         return gx.view(g.shape[0], -1)
 
 
@@ -244,14 +245,15 @@ class _Layer:
 
     def _shared_messages(self) -> torch.Tensor:
         """The same, share by share; idle atoms, behind the last one, get nothing."""
-        found = []
-        for part in self.parts:
-            row_ptr, pair, rows = part.of(self.edges)
-            w = self.last.forward(self.radial[0][0].index_select(0, rows))
-            message = channelwise_tp_pairs(self.conv, self.x, self.y, w, row_ptr, self.edges.sender, pair)
-            found.append(self.linear.forward(message))
+        found = [self._message_of(part) for part in self.parts]
         idle = self.x.shape[0] - self.parts[-1].last
         return torch.cat((*found, found[0].new_zeros(idle, found[0].shape[1])))
+
+    def _message_of(self, part: Share) -> torch.Tensor:
+        """Of one share, whose weights are gone before the next one's are made."""
+        row_ptr, pair, rows = part.of(self.edges)
+        w = self.last.forward(self.radial[0][0].index_select(0, rows))
+        return self.linear.forward(channelwise_tp_pairs(self.conv, self.x, self.y, w, row_ptr, self.edges.sender, pair))
 
     def _spread(self, gm: torch.Tensor, gy: torch.Tensor, gr: torch.Tensor) -> torch.Tensor | None:
         """The gradient gm [N, C] of the messages: to senders' x, which is returned, harmonics and lengths."""
@@ -264,12 +266,16 @@ class _Layer:
         """The same, share by share."""
         gx = None
         for part in self.parts:
-            row_ptr, pair, rows = part.of(self.edges)
-            w, d = (self.last.forward(t.index_select(0, rows)) for t in self.radial[0])
-            order, own = (row_ptr, self.edges.sender, pair), self.linear.backward(gm[part.first : part.last])
-            more = add_forces(self.conv, own, self.x, self.y, w, d, gy, gr, *order, wrt_x=not self.constant)
+            more = self._spread_of(part, gm, gy, gr)
             gx = more if gx is None else gx.add_(more)
         return gx
+
+    def _spread_of(self, part: Share, gm: torch.Tensor, gy: torch.Tensor, gr: torch.Tensor) -> torch.Tensor | None:
+        """Of one share, whose weights are gone before the next one's are made."""
+        row_ptr, pair, rows = part.of(self.edges)
+        w, d = (self.last.forward(t.index_select(0, rows)) for t in self.radial[0])
+        order, own = (row_ptr, self.edges.sender, pair), self.linear.backward(gm[part.first : part.last])
+        return add_forces(self.conv, own, self.x, self.y, w, d, gy, gr, *order, wrt_x=not self.constant)
 
     def backward(self, g: torch.Tensor, gy: torch.Tensor, gr: torch.Tensor) -> torch.Tensor | None:
         """Gradient of the result -> that of the features, None for constant ones; adds to those of y and lengths."""
@@ -282,9 +288,10 @@ class _Layer:
             gr += gtotal.index_select(0, edges.edge_index[1]) * self.radial[1][1].index_select(0, edges.pair)
             gm = gm * self.share
         gx = (self._spread_shared if self.parts else self._spread)(gm, gy, gr)
-        self.w = self.y = self.radial = self.edges = self.message = None
+        self.w = self.y = self.radial = self.edges = self.message = self.share = None
         if self.constant:
             return None
+        self.x = self.shortcut = None
         gfeats = self.up.backward(gx)
         return gfeats + self.skip.backward(g) if self.shortened else gfeats
 
