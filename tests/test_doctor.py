@@ -10,6 +10,7 @@ from test_mace_parity import SMALL, e3nn_model, fast_model
 from typer.testing import CliRunner
 
 from mace_triton import cli, doctor
+from mace_triton.engine import Engine
 from mace_triton.engine.memory import Footprint, footprint
 from mace_triton.water import water_box
 
@@ -69,6 +70,22 @@ def test_prediction_is_near_the_peak(device):
     structures = water_box(6)
     found = doctor.diagnose(fast, structures)
     assert 0.7 * found.peak < found.predicted.total < 1.4 * found.peak
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has no peak to compare with")
+@pytest.mark.parametrize("number", [8, 32])
+def test_a_step_in_shares_takes_what_was_predicted(number, device):
+    fast, atoms = fast_model("mp-medium", device, "fp32", channels=64), water_box(6)
+    whole = Engine(fast, atoms)
+    whole.step()
+    expected = footprint(fast, len(atoms), whole.capacity, whole.candidates)
+    found = Engine(fast, atoms, memory=expected.in_shares(number))
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    found.step()
+    assert number <= found.shares <= number + 1
+    peak = torch.cuda.max_memory_allocated(device) - before
+    assert 0.5 * expected.in_shares(found.shares) < peak < 1.15 * expected.in_shares(found.shares) < expected.total
 
 
 def test_command(tmp_path):
