@@ -15,7 +15,7 @@ from torch_sim.models.interface import ModelInterface
 
 from .calculator import check_device, load
 from .convert import accelerate
-from .engine import Engine
+from .engine import Engine, Results
 from .precision import Precision
 
 ENGINES = 4
@@ -63,11 +63,25 @@ class MACETritonModel(ModelInterface):
     def forward(self, state, **_) -> dict[str, torch.Tensor]:
         """{"energy" [B], "forces" [N, 3], "stress" [B, 3, 3]} of a `torch_sim.SimState`, in the model's dtype."""
         engine = self._engine_for(state)
-        found = engine.step(state.positions, state.row_vector_cell)
+        found = self._step(engine, state)
         results = {"energy": found.energy, "forces": found.forces}
         if self._compute_stress:
             results["stress"] = found.stress
         return {key: value.to(self._dtype, copy=True) for key, value in results.items()}
+
+    def _step(self, engine: Engine, state) -> Results:
+        """A step; a new engine short of memory has that of the engines for earlier batches, which are forgotten."""
+        given, settled = (state.positions, state.row_vector_cell), engine.rebuilds > 0
+        try:
+            found = engine.step(*given)
+            if settled or engine.shares == 1 or len(self._engines) == 1:
+                return found
+        except torch.OutOfMemoryError:
+            if len(self._engines) == 1:
+                raise
+        del self._engines[1:]
+        engine.renew()
+        return engine.step(*given)
 
     def _engine_for(self, state) -> Engine:
         """The engine of such atoms, made if there is none."""

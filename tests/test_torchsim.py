@@ -13,6 +13,7 @@ pytestmark = pytest.mark.torchscript
 ts = pytest.importorskip("torch_sim")
 
 from mace_triton import torchsim  # noqa: E402
+from mace_triton.engine import engine  # noqa: E402
 from mace_triton.ops import dispatch  # noqa: E402
 from mace_triton.water import water_box  # noqa: E402
 
@@ -48,6 +49,41 @@ def test_batches_come_and_go(device, reference_path):
     for count in (1, 4, 5, 6):
         check(ours, plain, boxes(count), device)
     assert len(ours._engines) == torchsim.ENGINES
+
+
+@pytest.mark.parametrize("short", ["shares", "error"])
+def test_earlier_batches_give_their_memory_to_a_new_one(short, device, reference_path, monkeypatch):
+    plain = e3nn_model("mp-small", device)
+    ours = torchsim.MACETritonModel(plain, precision="fp64", device=device)
+    run = engine.Engine._run
+
+    def limited(self) -> bool:
+        if len(ours._engines) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(self)
+
+    if short == "error":
+        monkeypatch.setattr(engine.Engine, "_run", limited)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=2**40))
+    else:
+        monkeypatch.setattr(engine, "unused", lambda _: 1 if len(ours._engines) > 1 else None)
+    for count in (1, 2, 3):
+        check(ours, plain, boxes(count), device)
+        assert len(ours._engines) == 1
+        assert ours._engines[0][1].shares == 1
+
+
+def test_a_batch_that_comes_back_forgets_no_other(device, reference_path, monkeypatch):
+    plain = e3nn_model("mp-small", device)
+    ours = torchsim.MACETritonModel(plain, precision="fp64", device=device)
+    monkeypatch.setattr(engine, "unused", lambda _: 1)  # in shares, alone or not
+    for count in (2, 1):
+        check(ours, plain, boxes(count), device)
+    monkeypatch.setattr(engine, "unused", lambda _: None)
+    check(ours, plain, boxes(2), device)
+    check(ours, plain, boxes(1), device)
+    check(ours, plain, boxes(2), device)
+    assert len(ours._engines) == 2
 
 
 def test_atoms_that_change_in_place_are_noticed(device, reference_path):

@@ -18,7 +18,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -153,7 +153,7 @@ class Engine:
         """
         if self._version is None:
             self._take_weights()
-        with _current(self.device):
+        with torch.cuda.device_of(self.positions):  # vesin searches on the current device, whatever it is given
             return self._step(positions, cells)
 
     def _step(self, positions, cells) -> Results:
@@ -182,6 +182,12 @@ class Engine:
             self._find(int(count))
         raise RuntimeError("the neighbours of this step do not settle; please report the structure")
 
+    def renew(self, memory: int | None = None) -> None:
+        """Give all buffers back; the next step makes new ones, for `memory` bytes (None: what is free then)."""
+        self._memory = memory
+        self._graph = self._chain = self._pairs = None
+        self._clear()
+
     def _run_in_memory(self) -> bool:
         """`_run`, in as many shares as it takes: gaps between what is allocated are in no estimate."""
         while True:
@@ -197,9 +203,7 @@ class Engine:
         if self.autograd_because:
             return False
         before = self.shares
-        self._memory = int(LESS * self._footprint().in_shares(before))
-        self._graph = self._chain = self._pairs = None
-        self._clear()
+        self.renew(int(LESS * self._footprint().in_shares(before)))
         self._find()
         if self.shares > before:
             LOG.warning("a step did not fit into the GPU's memory; weights are now made in %d shares", self.shares)
@@ -244,7 +248,7 @@ class Engine:
         self.rebuilds += 1
         reach = self.cutoff + self.skin
         pairs = neighbours.candidates(self.positions, self.cells, self.periodic, self.sizes, reach)
-        near = max(self._near(pairs), room)
+        near = max(neighbours.near(self.positions, pairs, self.cutoff), room)
         self._listed = pairs.sender.shape[0]
         alone = int((pairs.twin == torch.arange(self._listed, device=self.device)).sum())
         full = self._pairs is None or self._listed > self._pairs.sender.shape[0] or near > self.capacity
@@ -282,12 +286,6 @@ class Engine:
         self._reach.fill_(left)
         self._set_cells(self._data)
         return True
-
-    def _near(self, pairs: Candidates) -> int:
-        """How many of the pairs are edges now."""
-        receiver = torch.repeat_interleave(pairs.ptr.diff().long())
-        vectors = self.positions[receiver] - self.positions[pairs.sender.long()] + pairs.shift
-        return int((vectors.square().sum(1) < self.cutoff**2).sum())
 
     def _pair_places(self, alone: int) -> int:
         """Places for all pairs of as many edges as there is room for, of which `alone` have no twin, and one more."""
@@ -498,8 +496,3 @@ def _like(given, buffer: torch.Tensor, name: str) -> torch.Tensor:
     if given.shape != buffer.shape:
         raise ValueError(f"{name} must have shape {list(buffer.shape)}, got {list(given.shape)}")
     return given
-
-
-def _current(device: torch.device):
-    """Makes a GPU the current one, on which vesin searches whatever tensors it is given."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -57,7 +57,7 @@ class Footprint:
         return max(0, int(self.atoms * (memory - self.model) / (self.apart / MOST + self.rest)))
 
     def verdict(self, number: int, device: torch.device) -> str:
-        """What so many shares take, and how many atoms would fit on a GPU, where these are more."""
+        """What so many shares take, and how many atoms would fit on a GPU, where these are too many."""
         most = self.largest(int(USABLE * torch.cuda.get_device_properties(device).total_memory))
         fitting = f"; about {most} atoms as dense as these would fit" if most < self.atoms else ""
         return f"it takes about {self.in_shares(number) / 2**30:.1f} GiB{fitting}"

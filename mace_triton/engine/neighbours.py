@@ -31,6 +31,13 @@ def candidates(
     return Candidates(ptr, sender.to(torch.int32), shift, unit, twins(receiver, sender, unit))
 
 
+def near(positions: torch.Tensor, pairs: Candidates, cutoff: float) -> int:
+    """How many of the pairs are nearer than `cutoff` (angstrom) now."""
+    receiver = torch.repeat_interleave(pairs.ptr.diff().long())
+    vectors = positions[receiver] - positions[pairs.sender.long()] + pairs.shift
+    return int((vectors.square().sum(1) < cutoff**2).sum())
+
+
 def twins(receiver: torch.Tensor, sender: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
     """For each pair [K] the place of the one with the atoms exchanged and the opposite unit shift [K, 3]; int32.
 
