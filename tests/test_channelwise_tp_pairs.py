@@ -131,7 +131,7 @@ def test_formulas_on_the_cpu():
     check(problem_of("medium"), DEGREES, torch.float64, torch.device("cpu"), backend="reference")
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=7))
 def test_any_rows(device, degrees):
     check(problem_of("medium"), degrees, torch.float32, device)

@@ -116,7 +116,7 @@ def test_every_tile_gives_the_same_map(tile, device):
         check_against_fp64(case("skip"), "ieee", SPECIES["some"] * 4, device)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     muls=st.tuples(st.integers(1, 20), st.integers(1, 20)),
     count=st.integers(1, 9),
@@ -197,7 +197,7 @@ def test_module_compiles_into_one_graph(device):
 
 
 def test_gradcheck_through_the_kernels(device):
-    problem, where = case("slots"), plan([1, 0, 1], device, 3)
+    problem, where = LinearProblem("3x0e+2x1o+2x0e", "2x1o+3x0e"), plan([1, 0, 1], device, 3)
     x, weight = inputs(problem, 3, "fp64", device, 3)
 
     def apply(x, weight):
@@ -253,7 +253,7 @@ def test_weight_gradient_has_the_same_bits_every_run(device):
     assert not first[3:].any(), "species that do not occur"
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(sizes=st.lists(st.integers(0, 70), min_size=1, max_size=9), parts=st.integers(1, 8))
 @example(sizes=[n % 4 for n in range(89)], parts=64)
 @example(sizes=[0, 0, 200, 0], parts=5)

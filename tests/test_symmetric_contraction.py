@@ -135,13 +135,13 @@ def lengths(problem, species: list[int]) -> tuple[int, ...]:
     return entries, entries, entries * nodes, 3 * entries, 3 * entries, 3 * entries * nodes
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     channels=st.sampled_from([1, 3, 17, 32, 40]),
     dim_in=st.integers(1, 5),
     dim_out=st.integers(1, 4),
     degree=st.integers(1, 4),
-    terms=st.integers(1, 60),
+    terms=st.integers(1, 40),
     nodes=st.integers(1, 6),
     paths=st.sampled_from([None, 1, 20]),
     budget=st.sampled_from([1, 20, 96]),
