@@ -10,6 +10,7 @@ from ase.neighborlist import neighbor_list
 
 from mace_triton import models
 from mace_triton.models import build_model, card, load_stored, save_stored, train_water
+from mace_triton.ops import dispatch
 from mace_triton.water import SPACING, is_water_box, longest_bond, water_box
 
 SMALL = train_water.ARCHITECTURE | train_water.QUICK
@@ -123,17 +124,22 @@ def fake_data(path, frames=6):
     )
 
 
-def test_training_writes_a_model_and_its_card(tmp_path):
+@pytest.mark.usefixtures("reference_path")
+@pytest.mark.parametrize(("size", "precision"), [("small", None), ("medium", "fp32")])
+def test_training_writes_a_model_and_its_card(size, precision, tmp_path):
     fake_data(tmp_path / "data.npz")
-    settings = train_water.Settings(minutes=0.1, holdout="a", quick=True)
+    settings = train_water.Settings(minutes=0.1, holdout="a", quick=True, size=size, precision=precision)
+    before = dispatch.calls["channelwise_tp_bwd", "reference"]
     result = train_water.run(tmp_path / "data.npz", tmp_path / "out", settings, "cpu")
-    stored = json.loads((tmp_path / "out" / "water.json").read_text())
+    assert (dispatch.calls["channelwise_tp_bwd", "reference"] > before) == bool(precision)
+    stored = json.loads((tmp_path / "out" / f"{settings.name}.json").read_text())
     assert stored == json.loads(json.dumps(result))
+    assert stored["architecture"]["r_max"] == (6.0 if size == "medium" else 4.5)
     assert stored["frames"]["train"] == 4
     assert stored["frames"]["dropped_identical_to_held_out"] == 1
     assert stored["training"]["finished"]
     assert 0 < stored["training"]["steps_in_stage_two"] < stored["training"]["steps"]
-    load_stored(tmp_path / "out" / "water")
+    load_stored(tmp_path / "out" / settings.name)
     text = card.render(stored)
     assert f"{stored['held_out_errors']['force_rmse_meV_per_angstrom']:.2f}" in text
 

@@ -1,10 +1,11 @@
-"""Train the small water model that ships with the package, within a fixed wall-clock budget.
+"""Train a water model within a fixed wall-clock budget: the small one that ships with the package, or a medium one.
 
-python -m mace_triton.models.train_water DATA.npz --out DIR --minutes 10
+python -m mace_triton.models.train_water DATA.npz --out DIR --minutes 10 [--size medium --precision fp32]
 
-The model, the loss, the optimiser groups and the training step are MACE's own; this file adds the data split and a
-schedule that follows the clock: stage one weights forces, stage two (MACE's "stage two") weights energies at a low
-learning rate and always runs, however slow the card. Every minute the averaged weights are written to DIR.
+The model (on this package's kernels where a precision is named), the loss, the optimiser groups and the training step
+are MACE's own; this file adds the data split and a schedule that follows the clock: stage one weights forces, stage two
+(MACE's "stage two") weights energies at a low learning rate and always runs, however slow the card. Every minute the
+averaged weights are written to DIR.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from mace.tools.torch_tools import default_dtype
 from mace.tools.train import take_step
 from torch_ema import ExponentialMovingAverage
 
-from mace_triton.models import build_model, load_stored, save_stored
+from mace_triton.convert import accelerate, restore
+from mace_triton.models import build_model, load_card, load_stored, save_stored
+from mace_triton.precision import PRESETS
 
 TARGETS = {"energy": True, "forces": True, "virials": False, "stress": False, "dipoles": False}
 SAME_FRAME = 0.05
@@ -55,6 +58,11 @@ ARCHITECTURE = {
     "gate": "silu",
     "atomic_numbers": [1, 8],
 }
+SIZES = {
+    "small": ARCHITECTURE,
+    "medium": ARCHITECTURE | {"r_max": 6.0, "hidden_irreps": "128x0e + 128x1o"},
+}
+"""The medium one has the shape of MACE-MP's "medium"."""
 QUICK = {"hidden_irreps": "8x0e + 8x1o", "max_ell": 1, "correlation": 2, "radial_MLP": [16]}
 
 
@@ -76,6 +84,13 @@ class Settings:
     clip_grad: float = 10.0
     seed: int = 1
     quick: bool = False
+    size: str = "small"
+    precision: str | None = None  # None: plain MACE
+
+    @property
+    def name(self) -> str:
+        """Of the files: water, water-medium."""
+        return "water" if self.size == "small" else f"water-{self.size}"
 
 
 class Log:
@@ -242,7 +257,7 @@ def measure_stored(stem: Path, raw: dict, held: np.ndarray, zero: float, device:
     """Held-out errors of the files just written, in float64 with e3nn, and the spread of the data beside them."""
     model = load_stored(stem, device, torch.float64)
     with default_dtype(torch.float64):
-        graphs = make_graphs(raw, held, zero, ARCHITECTURE)
+        graphs = make_graphs(raw, held, zero, load_card(stem)["architecture"])
         errors = measure(model, loader(graphs, 4, shuffle=False), make_loss((1.0, 1.0)).to(device))
     energy = raw["energy"][held].astype(np.float64)
     errors["spread_energy_meV_per_atom"] = round(1e3 * float(energy.std()) / len(raw["numbers"]), 3)
@@ -264,7 +279,7 @@ def versions(device: str) -> dict:
 
 def fit_architecture(raw: dict, train_frames: np.ndarray, settings: Settings) -> tuple[dict, float]:
     """The architecture with the numbers that come from the data, and the zero of energy (eV per molecule)."""
-    architecture = copy.deepcopy(ARCHITECTURE) | (QUICK if settings.quick else {})
+    architecture = copy.deepcopy(SIZES[settings.size]) | (QUICK if settings.quick else {})
     zero = float(raw["energy"][train_frames].astype(np.float64).mean()) / int((raw["numbers"] == 8).sum())
     architecture["atomic_energies"] = [0.0, 0.0]  # one composition: E0 is only an offset, taken out by `zero`
     sample = make_graphs(raw, train_frames[:20], zero, architecture)
@@ -276,7 +291,7 @@ def fit_architecture(raw: dict, train_frames: np.ndarray, settings: Settings) ->
 
 def make_card(architecture: dict, zero: float, counts: dict, settings: Settings, device: str) -> dict:
     return {
-        "name": "water",
+        "name": settings.name,
         "architecture": architecture,
         "units": {"energy": "eV", "length": "angstrom", "force": "eV/angstrom"},
         "energy_zero_eV_per_molecule": zero,
@@ -288,7 +303,7 @@ def make_card(architecture: dict, zero: float, counts: dict, settings: Settings,
 
 
 def run(data: Path, out: Path, settings: Settings, device: str) -> dict:
-    """Train, save, reload what was saved and measure it. Returns the card that was written to out/water.json."""
+    """Train, save, reload what was saved and measure it. Returns the card, written to out/water[-SIZE].json."""
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     log = Log(out / "train.log")
@@ -300,20 +315,23 @@ def run(data: Path, out: Path, settings: Settings, device: str) -> dict:
     card = make_card(architecture, zero, counts, settings, device)
     log(f"versions: {card['versions']}")
     model = build_model(architecture).to(device)
+    if settings.precision:
+        model = accelerate(model, settings.precision)
     log(f"model: {sum(p.numel() for p in model.parameters())} parameters, {architecture}")
     train_graphs = make_graphs(raw, train_frames, zero, architecture)
     held_graphs = make_graphs(raw, held, zero, architecture)
 
     def save(model, summary: dict) -> None:
-        save_stored(model, card | {"training": summary}, out / "water")
+        save_stored(restore(model), card | {"training": summary}, out / settings.name)
 
     reserve = min(45.0, 12.0 * settings.minutes)  # seconds kept for the final float64 measurement
     deadline = started + 60 * settings.minutes - reserve
     card["training"] = train(model, train_graphs, held_graphs, settings, deadline, log, save)
-    save_stored(model, card, out / "water")
+    model = restore(model)
+    save_stored(model, card, out / settings.name)
     log(f"trained: {card['training']}")
-    card["held_out_errors"] = measure_stored(out / "water", raw, held, zero, device)
-    save_stored(model, card, out / "water")
+    card["held_out_errors"] = measure_stored(out / settings.name, raw, held, zero, device)
+    save_stored(model, card, out / settings.name)
     log(f"held out, float64, e3nn: {card['held_out_errors']}")
     return card
 
@@ -325,6 +343,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=Settings.minutes)
     parser.add_argument("--holdout", default=Settings.holdout, help="folder (value of `split`) kept out of training")
     parser.add_argument("--batch-size", type=int, default=Settings.batch_size)
+    parser.add_argument("--size", choices=SIZES, default=Settings.size)
+    parser.add_argument("--precision", choices=PRESETS, help="train on this package's kernels; default: plain MACE")
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--quick", action="store_true", help="a toy model on a few frames, to try the script")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -333,7 +353,10 @@ def main() -> None:
         raise SystemExit(f"no such data file: {args.data}")
     warnings.filterwarnings("ignore", category=UserWarning)  # TorchScript notes from e3nn, hundreds of lines
     torch.jit.set_fusion_strategy([("DYNAMIC", 2)])  # every batch has another edge count: do not compile for each
-    settings = Settings(args.minutes, args.holdout, args.batch_size, seed=args.seed, quick=args.quick)
+    if args.precision == "fp64":
+        parser.error("--precision fp64: the weights that are stored are FP32")
+    shape = {"size": args.size, "precision": args.precision, "quick": args.quick}
+    settings = Settings(args.minutes, args.holdout, args.batch_size, seed=args.seed, **shape)
     run(args.data, args.out, settings, args.device)
 
 
