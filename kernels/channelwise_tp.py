@@ -100,10 +100,10 @@ def _pairs(problem) -> int:
     return max(size.values(), default=0)
 
 
-def _tile(op: str, problem, x: torch.Tensor, w: torch.Tensor, nodes: int) -> tiles.Tile:
+def _tile(op: str, problem, y: torch.Tensor, w: torch.Tensor, nodes: int) -> tiles.Tile:
     # Few nodes are split over more programs to fill a GPU; the interpreter runs one program after another.
-    nodes = nodes if x.is_cuda else 1 << 30
-    return tiles.choose(op, dtype=tiles.TAGS[x.dtype], storage=tiles.TAGS[w.dtype], pairs=_pairs(problem), nodes=nodes)
+    nodes = nodes if y.is_cuda else 1 << 30
+    return tiles.choose(op, dtype=tiles.TAGS[y.dtype], storage=tiles.TAGS[w.dtype], pairs=_pairs(problem), nodes=nodes)
 
 
 def _ahead(tile: tiles.Tile, x: torch.Tensor) -> int:
@@ -134,23 +134,23 @@ def _launch(kernels: list[tuple], tile: tiles.Tile, acc: tl.dtype, plan, *tensor
 
 
 def _run_forward(problem, operands: tuple[torch.Tensor, ...], plan, tangent: bool, paired=False) -> torch.Tensor:
-    x, w = operands[0], operands[4 if tangent else 2]
-    acc, acc_tl = _accumulate(x.dtype)
-    tile = _tile("channelwise_tp_fwd", problem, x, w, plan.n_out)
+    x, y, w = operands[::2] if tangent else operands
+    acc, acc_tl = _accumulate(y.dtype)
+    tile = _tile("channelwise_tp_fwd", problem, y, w, plan.n_out)
     splits = tile["SPLIT"]
     out = (torch.empty if _covered(problem) and plan.n_edges else torch.zeros)(
-        (splits, plan.n_out, problem.dim_out), dtype=x.dtype if splits == 1 else acc, device=x.device
+        (splits, plan.n_out, problem.dim_out), dtype=y.dtype if splits == 1 else acc, device=x.device
     )
     budget = tile["TANGENT_PAIRS" if tangent else "PAIRS"]
     kernels = _forward_kernels(problem, budget, tile["BLOCK_C"], _ahead(tile, x), tangent, paired)
     _launch(kernels, tile, acc_tl, plan, *operands, out)
-    return out[0] if splits == 1 else out.sum(0).to(x.dtype)
+    return out[0] if splits == 1 else out.sum(0).to(y.dtype)
 
 
 def _run_backward(problem, g: torch.Tensor, operands: tuple[torch.Tensor, ...], plan, tangent: bool, wrt_x: bool):
     x, y, w = operands[::2] if tangent else operands
-    acc, acc_tl = _accumulate(x.dtype)
-    tile = _tile("channelwise_tp_bwd", problem, x, w, plan.n_out)
+    acc, acc_tl = _accumulate(y.dtype)
+    tile = _tile("channelwise_tp_bwd", problem, y, w, plan.n_out)
     deterministic = plan.sender_ptr.shape[0] > 0
     mode = "none" if not wrt_x else "edge" if deterministic else "atomic"
     budget = tile["TANGENT_PAIRS" if tangent else "PAIRS"]
@@ -170,7 +170,7 @@ def _run_backward(problem, g: torch.Tensor, operands: tuple[torch.Tensor, ...], 
 
 
 def forward(problem, x: torch.Tensor, y: torch.Tensor, w: torch.Tensor, plan) -> torch.Tensor:
-    """out [plan.n_out, dim_out] for contiguous x [N, dim_in1], y [E, dim_in2], w [E, weight_numel]."""
+    """out [plan.n_out, dim_out] in y's dtype for contiguous x [N, dim_in1], y [E, dim_in2], w [E, weight_numel]."""
     return _run_forward(problem, (x, y, w), plan, tangent=False)
 
 
@@ -189,12 +189,12 @@ def add_forces(problem, g, x, y, w, d, gy: torch.Tensor, gr: torch.Tensor, plan,
 
     d [pairs, weight_numel]: the slopes of w with the length. gy and gr have the accumulator's type.
     """
-    acc, acc_tl = _accumulate(x.dtype)
-    tile = _tile("channelwise_tp_forces", problem, x, w, plan.n_out)
+    acc, acc_tl = _accumulate(y.dtype)
+    tile = _tile("channelwise_tp_forces", problem, y, w, plan.n_out)
     kernels = _forces_kernels(problem, tile["PAIRS"], tile["BLOCK_C"], _ahead(tile, x), wrt_x)
     gx = torch.zeros(x.shape if wrt_x else 0, dtype=acc, device=x.device)
     _launch(kernels, tile, acc_tl, plan, g, x, y, w, d, gx, gy, gr)
-    return gx.to(x.dtype) if wrt_x else None
+    return gx.to(y.dtype) if wrt_x else None
 
 
 def double_backward(problem, g, x, y, w, a, b, q, plan):

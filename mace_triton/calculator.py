@@ -39,7 +39,7 @@ class MACETritonCalculator(MACECalculator):
 
     model: "water" (the model that ships with the package), a .model file, a pattern such as "committee_*.model", the
     name of a foundation model (fetched by MACE's own loader), a MACE module, or a list of any of these (a committee).
-    precision: "fp64", "fp32", "tf32", "bf16", "fp16" or a `Precision`; None keeps the model's own.
+    precision: "fp64", "fp32", "tf32", "bf16", "fp16", a policy file or a `Precision`; None keeps the model's own.
     head: which head of a model with several. device: "cuda", "cuda:1" or "cpu"; the default is a GPU if there is one.
     deterministic: the same bits on every run, for more time. skin: steps run on `Engine`, with neighbours looked for
     this much (angstrom) beyond the cutoff; other atoms than before are left to MACECalculator until they are asked for

@@ -13,6 +13,7 @@ from mace.tools import AtomicNumberTable, torch_geometric
 from mace.tools.torch_tools import default_dtype
 
 from .convert import restore
+from .precision import PRESETS, WORDS, Precision
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,14 @@ BUDGETS = {
     "bf16": Budget(2.0, 20.0, 1e-2, "operands keep 8 bits: 2^-8 = 4e-3 per product; half the error of a good model"),
 }
 """Policy name -> budget. The fixed parts stay below the error of a good model against DFT (1 meV/atom, 40 meV/A)."""
+
+
+def budget_of(precision: Precision) -> Budget:
+    """The budget of a preset; of another policy, the widest that one of its words has in the preset of that name."""
+    if precision == PRESETS.get(precision.name):
+        return BUDGETS[precision.name]
+    words = {getattr(precision, field) for field in WORDS} & set(BUDGETS) or {precision.dtype}
+    return max((BUDGETS[word] for word in words), key=lambda budget: budget.force)
 
 
 @dataclass(frozen=True)
@@ -90,17 +99,15 @@ def certify(
     """Compare an accelerated model with plain MACE in FP64 on `atoms`.
 
     model_e3nn: the plain model of any dtype (a float64 copy is used); None restores it from `model_fast`. head: of a
-    model with several. budget: instead of the policy's in `BUDGETS`. Neither model is changed.
+    model with several. budget: instead of the policy's, `budget_of`. Neither model is changed.
 
     Raises ValueError for an unknown head, an empty structure, an element that the model does not know, or a model
     without energies.
     """
     conversion = getattr(model_fast, "mace_triton", None)
     dtype = next(model_fast.parameters()).dtype
-    policy = conversion.precision.name if conversion else {torch.float64: "fp64"}.get(dtype, "fp32")
-    if budget is None and policy not in BUDGETS:
-        raise ValueError(f"no budget is set for precision {policy!r}: pass budget=Budget(...)")
-    budget = budget or BUDGETS[policy]
+    precision = conversion.precision if conversion else PRESETS["fp64" if dtype == torch.float64 else "fp32"]
+    policy, budget = precision.name, budget or budget_of(precision)
     reference = restore(model_fast if model_e3nn is None else model_e3nn).double()
     exact = single_point(reference.to(next(model_fast.parameters()).device), atoms, head=head)
     if fast is None:

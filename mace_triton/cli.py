@@ -27,7 +27,9 @@ console = Console()
 
 Model = Annotated[str, typer.Argument(help="'water' (shipped), a .model file, or a foundation model's name.")]
 Structure = Annotated[Path, typer.Argument(help="Any file that ASE reads; its last frame.")]
-Precision = Annotated[str | None, typer.Option(help="fp64, fp32, tf32, bf16, fp16; default: the model's.")]
+Precision = Annotated[
+    str | None, typer.Option(help="fp64, fp32, tf32, bf16, fp16, or a policy's .json file; default: the model's.")
+]
 Head = Annotated[str | None, typer.Option(help="Of a model with several.")]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:N or cpu; default: a GPU if there is one.")]
 """What several commands ask for."""

@@ -71,7 +71,7 @@ BLOCKS: dict[type, Inner] = {
 
 # Embeddings and readouts cost nothing beside the rest and their rounding goes straight into the energy (or into every
 # edge weight, or into charges that act at any distance), so a low-precision policy leaves them as exact as its
-# parameters.
+# parameters (the readouts unless it says otherwise).
 EXACT = (
     "node_embedding",
     "readouts",
@@ -136,7 +136,7 @@ def accelerate(
     The copy has MACE's class, attributes, forward and state dict (same keys, shapes and values): it trains, pickles
     and goes into `MACECalculator(models=...)` as before. Energies in eV and forces in eV/angstrom, as the model's.
 
-    precision: "fp64", "fp32", "tf32", "bf16", "fp16" or a `Precision`; None keeps the model's own (fp64 or fp32). The
+    precision: "fp64", "fp32", "tf32", "bf16", "fp16", a policy file or a `Precision`; None keeps the model's own. The
     copy's parameters take the policy's dtype (FP32 master weights for the low-precision ones). An accelerated model
     is converted anew from its restored form. deterministic: the same bits on every run. strict: raise where a module
     that has a kernel could not use it, instead of keeping MACE's own code and saying so in `report`.
@@ -400,7 +400,8 @@ def _replacement(
     if type(module) in _EDGE:
         return _EDGE[type(module)][0](module)
     if isinstance(module, PlainContraction):
-        return SymmetricContraction(module, layout_out, agnostic=getattr(parent, "use_agnostic_product", False))
+        agnostic = getattr(parent, "use_agnostic_product", False)
+        return SymmetricContraction(module, layout_out, agnostic, policy.contraction)
     if isinstance(module, o3.FullyConnectedTensorProduct):
         return SpeciesLinear(module, policy.linear, layout_in, layout_out)
     if isinstance(module, o3.TensorProduct):
@@ -412,11 +413,15 @@ def _replacement(
     mode = PRESETS[policy.dtype].linear if exact else policy.linear
     if isinstance(module, nn.FullyConnectedNet):
         if name.endswith(".conv_tp_weights"):
-            return RadialNet(module, mode, policy.linear, policy.tensor_product)
+            return RadialNet(module, mode, policy.radial, policy.tensor_product)
         return RadialNet(module, mode, storage=policy.dtype)  # a density divides: no low precision
     if isinstance(module, RadialMLP):
-        return NormNet(module, mode, policy.linear if name.endswith(".conv_tp_weights") else None)
-    return IrrepsLinear(module, mode, layout_in=layout_in, layout_out=layout_out)
+        return NormNet(module, mode, policy.radial if name.endswith(".conv_tp_weights") else None)
+    if name.startswith("readouts."):
+        mode = policy.readout
+    inner = BLOCKS.get(type(parent))
+    gathered = name in layouts and name.endswith(".linear_up") and inner is not None and not inner.beside
+    return IrrepsLinear(module, mode, layout_in, layout_out, policy.features if gathered else policy.dtype)
 
 
 def _swap(model: torch.nn.Module, name: str, new: torch.nn.Module) -> None:
@@ -453,7 +458,9 @@ def _row(name: str, module: torch.nn.Module, conversion: Conversion | None, like
     if isinstance(module, (IrrepsLinear, SpeciesLinear)):
         layout = f"{module.problem.layout_in} -> {module.problem.layout_out}"
         kernel = "linear" if isinstance(module, IrrepsLinear) else "species_linear"
-        return Row(name, kind, _runs(kernel, module.output_mask), module.run_mode, layout)
+        stored = getattr(module, "run_storage", dtype)
+        precision = module.run_mode + (f", {stored} result" if stored in ("bf16", "fp16") else "")
+        return Row(name, kind, _runs(kernel, module.output_mask), precision, layout)
     if isinstance(module, ConvTP):
         layout = f"{module.problem.layout_in} -> {module.problem.layout_out}"
         runs = _runs("channelwise_tp", module.output_mask)
@@ -464,7 +471,8 @@ def _row(name: str, module: torch.nn.Module, conversion: Conversion | None, like
         return Row(name, kind, _network(module, kernel), precision, "mul_ir")
     if isinstance(module, SymmetricContraction):
         runs = _runs("symmetric_contraction", module.contractions[0].weights_max)
-        return Row(name, kind, runs, dtype, f"ir_mul -> {module.layout_out}")
+        precision = dtype + (f", {module.run_storage} features" if module.run_storage in ("bf16", "fp16") else "")
+        return Row(name, kind, runs, precision, f"ir_mul -> {module.layout_out}")
     if isinstance(module, (EdgeHarmonics, EdgeRadial)):
         kernel = "edge_harmonics" if isinstance(module, EdgeHarmonics) else "edge_radial"
         return Row(name, kind, _runs(kernel, like), dtype, "mul_ir")

@@ -1,6 +1,7 @@
 """Named precision policies: what is stored in which dtype and how the matrix products round their operands.
 
-Sums are always FP32 (FP64 in preset "fp64"); parameters stay in `dtype`. MACE itself sums the energies, in `dtype`.
+Sums are always FP32 (FP64 in preset "fp64"); parameters stay in `dtype`. The engine sums energies in FP64; MACE's own
+forward sums them in `dtype`.
 
 The radial weights are the largest tensor of a step. The radial network's last layer writes them in the storage of the
 convolution, so that 16 bits halve that traffic.
@@ -8,7 +9,9 @@ convolution, so that 16 bits halve that traffic.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import torch
 
@@ -31,13 +34,20 @@ def storage_for(storage: str, dtype: torch.dtype) -> str:
     return "fp64" if dtype == torch.float64 else "fp32"
 
 
+EXACT = {"fp64": "fp64", "fp32": "tf32x3"}
+"""dtype -> the mode of products that keep it."""
+
+
 @dataclass(frozen=True)
 class Precision:
-    """One policy.
+    """One policy, block by block.
 
     name: how reports call it. dtype: "fp64" or "fp32", of the parameters and of what passes between blocks.
     linear: operand precision of the linears' dots ("tf32x3" keeps FP32 accuracy on tensor cores, "ieee" is plain FP32).
     tensor_product: storage of the radial weights that the convolution reads ("fp64", "fp32", "bf16", "fp16").
+    radial: operands of the radial network's last layer; None: as `linear`. readout: operands of the readouts; None:
+    exact. contraction: storage of what the symmetric contraction reads and writes; features: storage of the node
+    features that the convolution gathers; None: `dtype`, for both.
 
     Raises ValueError for an unknown word, or when FP64 is mixed with the others.
     """
@@ -46,15 +56,24 @@ class Precision:
     dtype: str
     linear: str
     tensor_product: str
+    radial: str | None = None
+    readout: str | None = None
+    contraction: str | None = None
+    features: str | None = None
 
     def __post_init__(self):
-        for field, allowed in (("dtype", ("fp64", "fp32")), ("linear", LINEAR_MODES), ("tensor_product", STORAGE)):
+        defaults = {"radial": self.linear, "readout": EXACT.get(self.dtype)}
+        defaults |= {"contraction": self.dtype, "features": self.dtype}
+        for field, word in defaults.items():
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, word)
+        for field, allowed in WORDS.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(
                     f"precision {self.name!r}: {field} must be one of {allowed}, got {getattr(self, field)!r}"
                 )
-        if len({field == "fp64" for field in (self.dtype, self.linear, self.tensor_product)}) == 2:
-            raise ValueError(f"precision {self.name!r}: dtype, linear and tensor_product must all be fp64, or none")
+        if len({getattr(self, field) == "fp64" for field in WORDS}) == 2:
+            raise ValueError(f"precision {self.name!r}: {', '.join(WORDS)} must all be fp64, or none")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -67,15 +86,48 @@ class Precision:
         return TORCH_DTYPES[self.tensor_product]
 
     @staticmethod
-    def parse(precision: str | Precision) -> Precision:
-        """A policy from its name, or the policy itself. Raises ValueError listing the names."""
+    def parse(precision: str | Path | Precision) -> Precision:
+        """A policy from its name or its file (.json, see `save`), or the policy itself.
+
+        Raises ValueError listing the names, or saying what is wrong with the file.
+        """
         if isinstance(precision, Precision):
             return precision
-        if precision in PRESETS:
-            return PRESETS[precision]
-        raise ValueError(f"precision must be one of {', '.join(PRESETS)} or a Precision, got {precision!r}")
+        if str(precision) in PRESETS:
+            return PRESETS[str(precision)]
+        if str(precision).endswith(".json"):
+            return Precision.load(precision)
+        raise ValueError(
+            f"precision must be one of {', '.join(PRESETS)}, a policy's .json file or a Precision, got {precision!r}"
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write a policy file: a JSON object of the fields; others that a file has are not read."""
+        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @staticmethod
+    def load(path: str | Path) -> Precision:
+        """The policy of a file. Raises ValueError where there is none, or no policy in it."""
+        try:
+            words = json.loads(Path(path).read_text())
+            names = {field.name for field in fields(Precision)}
+            return Precision(**{name: word for name, word in words.items() if name in names})
+        except FileNotFoundError:
+            raise ValueError(f"precision: there is no policy file {path}") from None
+        except (TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"precision: {path} is no policy file ({error})") from error
 
 
+WORDS = {
+    "dtype": ("fp64", "fp32"),
+    "linear": LINEAR_MODES,
+    "tensor_product": STORAGE,
+    "radial": LINEAR_MODES,
+    "readout": LINEAR_MODES,
+    "contraction": STORAGE,
+    "features": STORAGE,
+}
+"""Field of a policy -> what it may be."""
 PRESETS = {
     policy.name: policy
     for policy in (

@@ -26,9 +26,9 @@ class MACETritonModel(ModelInterface):
     """A MACE model for torch-sim on `Engine`: energies in eV, forces in eV/angstrom, stress in eV/angstrom^3.
 
     model: "water" (the model that ships with the package), a .model file, a foundation model's name or a MACE module.
-    precision: "fp64", "fp32", "tf32", "bf16", "fp16" or a `Precision`; None keeps the model's own. head: of a model
-    with several. device: "cuda", "cuda:1" or "cpu"; the default is a GPU if there is one. skin: angstrom beyond the
-    cutoff in which neighbours are kept. compute_stress: whether stresses are given.
+    precision: "fp64", "fp32", "tf32", "bf16", "fp16", a policy file or a `Precision`; None keeps the model's own.
+    head: of a model with several. device: "cuda", "cuda:1" or "cpu"; the default is a GPU if there is one. skin:
+    angstrom beyond the cutoff in which neighbours are kept. compute_stress: whether stresses are given.
 
     A batch of other atoms than before has a CUDA graph of its own, which takes a while to make. Raises what
     `MACETritonCalculator` raises.

@@ -31,10 +31,10 @@ def edges_of(degrees: list[int], pairs: int, device: torch.device):
     return tuple(t.to(device, torch.int32) for t in (row_ptr, *drawn))
 
 
-def check(problem, degrees: list[int], dtype, device, storage=None, backend: str = "triton") -> None:
+def check(problem, degrees: list[int], dtype, device, storage=None, backend: str = "triton", features=None) -> None:
     pairs, nodes, edges = 6, len(degrees), sum(degrees)
     row_ptr, sender, pair = edges_of(degrees, pairs, device)
-    given_ = operands(problem, nodes, nodes, edges, dtype, device)
+    given_ = operands(problem, nodes, nodes, edges, dtype, device, features=features)
     x, y, g = given_["x"], given_["y"], given_["g"]
     w, d = (torch.randn(pairs, problem.weight_numel, device=device).to(storage or dtype) for _ in range(2))
     receiver = torch.repeat_interleave(torch.arange(nodes, device=device), row_ptr.diff().long())
@@ -68,6 +68,11 @@ def test_kernels_match_fp64_formulas(shape, layout, device):
 @pytest.mark.parametrize("shape", ["medium", "odd channels"])
 def test_single_precision_and_stored_weights(shape, storage, device):
     check(problem_of(shape), DEGREES, torch.float32, device, storage)
+
+
+@pytest.mark.parametrize("features", [torch.bfloat16, torch.float16])
+def test_stored_features(features, device):
+    check(problem_of("odd channels"), DEGREES, torch.float32, device, torch.bfloat16, features=features)
 
 
 @pytest.mark.parametrize("degrees", [[0], [0, 0, 0], [1], [40]])
@@ -129,6 +134,8 @@ def test_stretches_add_up(device):
 def test_formulas_on_the_cpu():
     _stretches_add_up(torch.device("cpu"))
     check(problem_of("medium"), DEGREES, torch.float64, torch.device("cpu"), backend="reference")
+    half = torch.bfloat16
+    check(problem_of("small"), DEGREES, torch.float32, torch.device("cpu"), half, "reference", half)
 
 
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -162,7 +169,8 @@ def test_bad_input_is_named(device):
         ((x[:, 1:], y, w, *order), ValueError, "x must have shape"),
         ((x, y, w, row_ptr, sender, pair[1:]), ValueError, "sender, pair and row_ptr"),
         ((x, y, w, row_ptr.long(), sender, pair), TypeError, "must be int32"),
-        ((x, y.double(), w, *order), TypeError, "x and y must both"),
+        ((x, y.double(), w, *order), TypeError, "x must be one of"),
+        ((x, y.half(), w, *order), TypeError, "y must be float64 or float32"),
         ((x, y, w.double(), *order), TypeError, "w must be one of"),
     ):
         with pytest.raises(error, match=match):

@@ -136,6 +136,24 @@ def test_policies(precision, dtype, mode, storage, device):
     assert {fast.node_embedding.linear.mode, fast.readouts[0].linear.mode, fast.readouts[1].linear_1.mode} == {exact}
 
 
+@pytest.mark.parametrize("name", ["off-medium", "nonlinear"])
+def test_policies_of_single_blocks(name, device, tmp_path):
+    words = {"radial": "bf16", "readout": "fp16", "contraction": "bf16", "features": "fp16"}
+    mt.Precision("mine", "fp32", "tf32", "fp32", **words).save(tmp_path / "mine.json")
+    fast = mt.accelerate(plain(name, device), tmp_path / "mine.json")
+    block, product = fast.interactions[1], fast.products[1]
+    assert block.conv_tp_weights.last_mode == "bf16"
+    assert (block.linear_up.mode, product.linear.mode, fast.readouts[0].linear.mode) == ("tf32", "tf32", "fp16")
+    # the non-linear block's residual map reads the features as well, in FP32
+    assert block.linear_up.run_storage == ("fp32" if name == "nonlinear" else "fp16")
+    assert product.linear.run_storage == "fp32"
+    assert product.symmetric_contractions.run_storage == "bf16"
+    shown = str(mt.report(fast))
+    assert ("fp16 result" in shown) == (name != "nonlinear")
+    assert "bf16 features" in shown
+    assert same_tensors(mt.restore(fast).state_dict(), copy.deepcopy(plain(name, device)).float().state_dict())
+
+
 def test_none_follows_a_float32_model(device):
     fast = mt.accelerate(copy.deepcopy(plain("off-medium", device)).float())
     assert fast.interactions[0].linear.mode == "tf32x3"

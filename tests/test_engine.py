@@ -219,7 +219,10 @@ def test_weights_that_change_are_noticed(device, reference_path):
     assert all(p.requires_grad for p in fast.parameters())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+BLOCKS = mt.Precision("blocks", "fp32", "tf32x3", "fp32", contraction="bf16", features="bf16")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", BLOCKS])
 def test_policies_are_those_of_the_model(precision, device, reference_path):
     """As far from FP64 as the model's own forward: edges lie in another order here, and a rounding that falls the other
     way moves all that follows, so the two differ from each other by as much. Energies are added up in FP64. In FP32 the
@@ -240,6 +243,13 @@ def test_policies_are_those_of_the_model(precision, device, reference_path):
     least = found["model", "forces"] / (8 if precision == "fp32" else 2)
     assert least <= found["engine", "forces"] <= 2 * found["model", "forces"]
     assert found["engine", "energies"] <= 2 * found["model", "energies"]
+
+
+def test_readouts_in_low_precision_take_maces_way(device, reference_path):
+    policy = mt.Precision("readout", "fp32", "tf32x3", "fp32", readout="bf16")
+    found = Engine(fast_model("mp-medium", device, policy), mm.random_structures(SMALL["elements"], seed=1))
+    found.step()
+    assert found.autograd_because == "a readout with biases, or in low precision"
 
 
 @pytest.mark.parametrize("name", ["mp-medium", *BY_AUTOGRAD])

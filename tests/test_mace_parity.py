@@ -164,6 +164,14 @@ def test_stored_radial_weights_keep_the_budget(storage, device, reference_path):
     check_budget("mp-medium", mt.Precision("stored", "fp32", "tf32x3", storage), UNITS[storage], device)
 
 
+@pytest.mark.parametrize("word", ["bf16", "fp16"])
+@pytest.mark.parametrize("block", ["linear", "radial", "readout", "contraction", "features"])
+def test_every_block_has_its_own_precision(block, word, device, reference_path):
+    words = {"linear": "tf32x3", "radial": "tf32x3"} | {block: word}
+    policy = mt.Precision("mine", "fp32", tensor_product="fp32", **words)
+    check_budget("mp-medium", policy, UNITS[word], device)
+
+
 @pytest.mark.parametrize("name", ["mp-large", "nonlinear"])
 def test_rotation_and_translation(name, device, reference_path):
     fast = fast_model(name, device)

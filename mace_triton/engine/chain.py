@@ -30,6 +30,7 @@ from .radial import radial_of
 from .shares import Share
 
 OPS = torch.ops.mace_triton
+EXACT = ("fp64", "ieee", "tf32x3")
 DENSITY = (blocks.RealAgnosticDensityInteractionBlock, blocks.RealAgnosticDensityResidualInteractionBlock)
 RESIDUAL = (blocks.RealAgnosticResidualInteractionBlock, blocks.RealAgnosticDensityResidualInteractionBlock)
 INTERACTIONS = (blocks.RealAgnosticInteractionBlock, *DENSITY, *RESIDUAL)
@@ -84,20 +85,22 @@ def _uncovered_layer(inter: torch.nn.Module, product: torch.nn.Module) -> str:
 
 def _uncovered_readout(module: torch.nn.Module) -> str:
     if type(module) is blocks.LinearReadoutBlock:
-        return "" if _scalars(module.linear) else "a readout with biases"
+        return "" if _scalars(module.linear) else "a readout with biases, or in low precision"
     if type(module) is not blocks.NonLinearReadoutBlock:
         return f"readout {type(module).__name__}"
     first, second, acts = module.linear_1, module.linear_2, module.non_linearity.acts
     if not (_scalars(first) and _scalars(second)):
-        return "a readout with biases"
+        return "a readout with biases, or in low precision"
     if len(acts) != 1 or getattr(acts[0], "f", None) is not torch.nn.functional.silu:
         return "a readout whose gate is not silu"
     return "" if fits(first.problem.blocks[0].slot_in.mul, first.problem.dim_out) else "a readout that is too wide"
 
 
 def _scalars(module: torch.nn.Module) -> bool:
-    """Whether a linear module is ours and one matrix from the scalars, which come first, without biases."""
+    """Whether a linear module is ours, exact, and one matrix from the scalars, which come first, without biases."""
     if type(module) is not IrrepsLinear or module.bias_numel or len(module.problem.blocks) != 1:
+        return False
+    if module.run_mode not in EXACT:
         return False
     return module.problem.blocks[0].slot_in.offset == 0 and module.problem.blocks[0].slot_in.dim == 1
 
@@ -107,11 +110,12 @@ class _Map:
 
     def __init__(self, module: IrrepsLinear, scale: float = 1.0):
         self.problem, self.mode, self.scale = module.problem, module.run_mode, scale
+        self.stored = TORCH_DTYPES[module.run_storage]
         self.weight, self.bias = module.weight.detach().contiguous(), module.bias if module.bias_numel else None
         self.lowp = lowp_weight(self.weight, self.mode, self.problem)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        rest = (self.bias, residual, self.problem.key, self.mode, self.scale)
+        rest = (self.bias, residual, self.problem.key, self.mode, self.scale, self.stored)
         return OPS.linear(x, self.weight, self.lowp, *rest)
 
     def backward(self, g: torch.Tensor) -> torch.Tensor:
@@ -155,18 +159,19 @@ class _Contraction:
     def __init__(self, module: SymmetricContraction, plan: SpeciesPlan, present: torch.Tensor):
         self.problem, self.coef = module.problem, module.coefficients(None if module.agnostic else present)
         self.plan = one_species(plan.species.shape[0], plan.species.device) if module.agnostic else plan
+        self.stored = TORCH_DTYPES[module.run_storage]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.x = x.view(-1, self.problem.dim_in, self.problem.channels)
+        self.x = x.view(-1, self.problem.dim_in, self.problem.channels).to(self.stored)
         out = OPS.symmetric_contraction(self.x, None, self.coef, *self.plan, self.problem.key)
-        return out.view(x.shape[0], -1)
+        return out.view(x.shape[0], -1).to(x.dtype)
 
     def backward(self, g: torch.Tensor) -> torch.Tensor:
-        g = g.view(-1, self.problem.dim_out, self.problem.channels)
+        dtype, g = g.dtype, g.view(-1, self.problem.dim_out, self.problem.channels).to(self.stored)
         rest, x = (None, self.coef, *self.plan, self.problem.key, True, False), self.x
         self.x = None  # nothing of a step is kept: beside what a graph holds there is no room for it
         gx, _ = OPS.symmetric_contraction_bwd(g, x, *rest)
-        return gx.view(g.shape[0], -1)
+        return gx.view(g.shape[0], -1).to(dtype)
 
 
 class _Readout:

@@ -105,5 +105,6 @@ def as_plain(kind: type, module: torch.nn.Module, *own: str) -> torch.nn.Module:
     torch.nn.Module.__init__(plain)
     take_state(plain, module)
     for name in own:
-        delattr(plain, name)
+        if hasattr(plain, name):  # modules that were pickled by an earlier version lack some
+            delattr(plain, name)
     return plain

@@ -7,7 +7,7 @@ from e3nn import o3
 
 from ..linear_problem import LinearProblem
 from ..ops.linear import linear, lowp_weight
-from ..precision import LINEAR_MODES, mode_for
+from ..precision import LINEAR_MODES, STORAGE, TORCH_DTYPES, mode_for, storage_for
 from .derived import Derived
 
 
@@ -17,17 +17,24 @@ class IrrepsLinear(torch.nn.Module):
     module: the `o3.Linear` to stand in for; its parameters are shared, not copied, and the state dict has the same
     keys and shapes (weight, bias, output_mask). mode: "fp64", "ieee", "tf32x3", "tf32", "bf16" or "fp16", see
     `mace_triton.ops.linear.linear`; parameters in float64 always compute in FP64. layout_in, layout_out: storage order
-    of x and of the result, "mul_ir" (e3nn's) or "ir_mul".
+    of x and of the result, "mul_ir" (e3nn's) or "ir_mul". storage: of the result; 16 bits ("bf16", "fp16") only beside
+    float32 weights, else the weights' dtype.
 
-    Raises ValueError for a module `LinearProblem.from_module` rejects, or an unknown mode or layout.
+    Raises ValueError for a module `LinearProblem.from_module` rejects, or an unknown mode, layout or storage.
     """
 
-    def __init__(self, module: o3.Linear, mode: str, layout_in: str = "mul_ir", layout_out: str = "mul_ir"):
+    storage = "fp32"  # of modules that were pickled before there was another
+
+    def __init__(
+        self, module: o3.Linear, mode: str, layout_in: str = "mul_ir", layout_out: str = "mul_ir", storage: str = "fp32"
+    ):
         super().__init__()
+        if storage not in STORAGE:
+            raise ValueError(f"storage must be one of {STORAGE}, got {storage!r}")
         if mode not in LINEAR_MODES:
             raise ValueError(f"mode must be one of {LINEAR_MODES}, got {mode!r}")
         self.problem = LinearProblem.from_module(module, layout_in, layout_out)
-        self.mode = mode
+        self.mode, self.storage = mode, storage
         self.irreps_in, self.irreps_out = module.irreps_in, module.irreps_out
         self.weight_numel, self.bias_numel = module.weight_numel, module.bias_numel
         self.instructions = module.instructions  # what MACE's LoRA computes merged weights from
@@ -51,6 +58,7 @@ class IrrepsLinear(torch.nn.Module):
             mode=mode,
             bias=self.bias if self.bias_numel else None,
             weight_lowp=lowp,
+            out_dtype=TORCH_DTYPES[self.run_storage],
         )
         return out.reshape(*x.shape[:-1], self.problem.dim_out)
 
@@ -58,6 +66,11 @@ class IrrepsLinear(torch.nn.Module):
     def run_mode(self) -> str:
         """The mode for the weights' dtype: "fp64" after `.double()`, "tf32x3" after `.float()` of an FP64 module."""
         return mode_for(self.mode, self.weight.dtype)
+
+    @property
+    def run_storage(self) -> str:
+        """The storage of the result for the weights' dtype: "fp64" after `.double()`, "fp32" after `.float()`."""
+        return storage_for(self.storage, self.weight.dtype)
 
     def restore(self) -> o3.Linear:
         """The `o3.Linear` (mul_ir) with the same parameters."""

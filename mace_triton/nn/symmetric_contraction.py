@@ -11,6 +11,7 @@ from mace.modules.irreps_tools import reshape_irreps
 from ..layout import convert_layout
 from ..ops.species import one_species, species_plan
 from ..ops.symmetric_contraction import combine, symmetric_contraction
+from ..precision import STORAGE, TORCH_DTYPES, storage_for
 from ..problem import check_layout
 from ..symmetric_contraction_problem import SymmetricContractionProblem
 from .conv import as_plain, take_state
@@ -125,20 +126,31 @@ class SymmetricContraction(mace_contraction.SymmetricContraction):
     """MACE's SymmetricContraction with its polynomial in one kernel; it shares the tensors of `module`.
 
     It stays MACE's class (attributes, state dict, pickling). layout_out: "mul_ir" or "ir_mul", of the result.
-    agnostic: the weights do not depend on the species (MACE then passes ones as node attributes).
+    agnostic: the weights do not depend on the species (MACE then passes ones as node attributes). storage: of what the
+    kernel reads and writes, "fp32" or 16 bits beside it; weights and sums stay in the parameters' dtype.
 
     Node attributes that are not one-hot go MACE's own way. Raises TypeError when `module` is no plain
-    SymmetricContraction, and what `problem_of` raises.
+    SymmetricContraction, ValueError for an unknown storage, and what `problem_of` raises.
     """
 
-    def __init__(self, module: mace_contraction.SymmetricContraction, layout_out: str = "mul_ir", agnostic=False):
+    storage = "fp32"  # of modules that were pickled before there was another
+
+    def __init__(
+        self,
+        module: mace_contraction.SymmetricContraction,
+        layout_out: str = "mul_ir",
+        agnostic: bool = False,
+        storage: str = "fp32",
+    ):
         torch.nn.Module.__init__(self)
         if type(module) is not mace_contraction.SymmetricContraction:
             raise TypeError(f"module must be MACE's SymmetricContraction, got {type(module).__name__}")
         check_layout(layout_out, "layout_out")
+        if storage not in STORAGE:
+            raise ValueError(f"storage must be one of {STORAGE}, got {storage!r}")
         problem, mix = problem_of(module)
         take_state(self, module)
-        self.problem, self.layout_out, self.agnostic = problem, layout_out, agnostic
+        self.problem, self.layout_out, self.agnostic, self.storage = problem, layout_out, agnostic, storage
         weight = module.contractions[0].weights_max
         self.register_buffer("mix", None if mix is None else mix.to(weight.device, weight.dtype), persistent=False)
         self._coefficients = Derived()
@@ -148,12 +160,18 @@ class SymmetricContraction(mace_contraction.SymmetricContraction):
         plan = one_species(x.shape[0], x.device) if self.agnostic else species_plan(y)
         if plan is None:
             return convert_layout(super().forward(x, y), self.irreps_out, "mul_ir", self.layout_out)
-        x, parameters = x.transpose(1, 2), parameters_of(self)
+        dtype, parameters = x.dtype, parameters_of(self)
+        x = x.transpose(1, 2).to(TORCH_DTYPES[self.run_storage])
         if torch.compiler.is_compiling() or _trained(parameters):
             out = symmetric_contraction(self.problem, x, self._weights(parameters), plan)
         else:
             out = symmetric_contraction(self.problem, x, None, plan, self.coefficients())
-        return convert_layout(out.reshape(x.shape[0], -1), self.irreps_out, "ir_mul", self.layout_out)
+        return convert_layout(out.reshape(x.shape[0], -1).to(dtype), self.irreps_out, "ir_mul", self.layout_out)
+
+    @property
+    def run_storage(self) -> str:
+        """The storage for the weights' dtype: "fp64" after `.double()`, "fp32" after `.float()` of an FP64 model."""
+        return storage_for(self.storage, self.contractions[0].weights_max.dtype)
 
     def coefficients(self, species: torch.Tensor | None = None) -> torch.Tensor:
         """The coefficients [species, rows, C, PACK], without gradient; kept until a weight changes.
@@ -173,7 +191,9 @@ class SymmetricContraction(mace_contraction.SymmetricContraction):
     def restore(self) -> mace_contraction.SymmetricContraction:
         """MACE's module with the same tensors."""
         return as_plain(
-            mace_contraction.SymmetricContraction, self, "problem", "layout_out", "agnostic", "_coefficients", "mix"
+            mace_contraction.SymmetricContraction,
+            self,
+            *("problem", "layout_out", "agnostic", "storage", "_coefficients", "mix"),
         )
 
 

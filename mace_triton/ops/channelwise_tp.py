@@ -20,7 +20,7 @@ STORAGE = {
     torch.bfloat16: (torch.bfloat16,),
     torch.float16: (torch.float16,),
 }
-"""dtype of the features x -> dtypes the weights w may be stored in."""
+"""dtype of the harmonics y, and of the sums -> dtypes that features x and weights w may be stored in."""
 
 
 def _kernels():
@@ -45,14 +45,14 @@ def _fwd(
     spec, which = ChannelwiseTPProblem.from_key(problem), dispatch.backend(x)
     dispatch.count("channelwise_tp_fwd", which)
     if which == "reference":
-        return reference.channelwise_tp_fwd(spec, x, y, w, edge_index, receiver_ptr.shape[0] - 1)
+        return reference.channelwise_tp_fwd(spec, x.to(y.dtype), y, w, edge_index, receiver_ptr.shape[0] - 1)
     plan = GraphPlan(edge_index, receiver_ptr, perm, sender, sender_ptr, sender_perm, x.shape[0])
     return _kernels().forward(spec, x.contiguous(), y.contiguous(), w.contiguous(), plan)
 
 
 @_fwd.register_fake
 def _(x, y, w, edge_index, receiver_ptr, perm, sender, sender_ptr, sender_perm, problem):
-    return x.new_empty(receiver_ptr.shape[0] - 1, ChannelwiseTPProblem.from_key(problem).dim_out)
+    return y.new_empty(receiver_ptr.shape[0] - 1, ChannelwiseTPProblem.from_key(problem).dim_out)
 
 
 @torch.library.custom_op("mace_triton::channelwise_tp_bwd", mutates_args=())
@@ -73,7 +73,8 @@ def _bwd(
     spec, which = ChannelwiseTPProblem.from_key(problem), dispatch.backend(x)
     dispatch.count("channelwise_tp_bwd", which)
     if which == "reference":
-        gx, gy, gw = reference.channelwise_tp_bwd(spec, g, x, y, w, edge_index)
+        gx, gy, gw = reference.channelwise_tp_bwd(spec, g, x.to(y.dtype), y, w, edge_index)
+        gx = gx.to(x.dtype)
     else:
         plan = GraphPlan(edge_index, receiver_ptr, perm, sender, sender_ptr, sender_perm, x.shape[0])
         gx, gy, gw = _kernels().backward(spec, *(t.contiguous() for t in (g, x, y, w)), plan, wrt_x)
@@ -105,7 +106,9 @@ def _bwd_bwd(
     spec, which = ChannelwiseTPProblem.from_key(problem), dispatch.backend(x)
     dispatch.count("channelwise_tp_bwd_bwd", which)
     if which == "reference":
-        return reference.channelwise_tp_bwd_bwd(spec, g, x, y, w, a, b, q, edge_index)
+        wide = (spec, g, x.to(y.dtype), y, w, a.to(y.dtype), b, q, edge_index)
+        dg, dx, dy, dw = reference.channelwise_tp_bwd_bwd(*wide)
+        return dg, dx.to(x.dtype), dy, dw
     plan = GraphPlan(edge_index, receiver_ptr, perm, sender, sender_ptr, sender_perm, x.shape[0])
     return _kernels().double_backward(spec, *(t.contiguous() for t in (g, x, y, w, a, b, q)), plan)
 
@@ -155,12 +158,11 @@ def _check(problem: ChannelwiseTPProblem, x: Tensor, y: Tensor, w: Tensor, graph
     for tensor, name in ((y, "y"), (w, "w")):
         if tensor.shape[0] != graph.n_edges:
             raise ValueError(f"{name} has {tensor.shape[0]} rows, but the graph has {graph.n_edges} edges")
-    if x.dtype not in STORAGE:
-        raise TypeError(f"x must be float64, float32, bfloat16 or float16, got {x.dtype}")
-    if w.dtype not in STORAGE[x.dtype]:
-        raise TypeError(f"w must be one of {STORAGE[x.dtype]} when x is {x.dtype}, got {w.dtype}")
-    if y.dtype != x.dtype:
-        raise TypeError(f"y must have x's dtype {x.dtype}, got {y.dtype}")
+    if y.dtype not in STORAGE:
+        raise TypeError(f"y must be float64, float32, bfloat16 or float16, got {y.dtype}")
+    for tensor, name in ((x, "x"), (w, "w")):
+        if tensor.dtype not in STORAGE[y.dtype]:
+            raise TypeError(f"{name} must be one of {STORAGE[y.dtype]} when y is {y.dtype}, got {tensor.dtype}")
 
 
 def channelwise_tp(
@@ -168,9 +170,9 @@ def channelwise_tp(
 ) -> Tensor:
     """Gather by sender, Clebsch-Gordan product with y, weight per edge, path and channel, sum into the receiver.
 
-    x: [N_in, problem.dim_in1] node features in problem.layout_in; y: [E, problem.dim_in2] spherical harmonics, x's
-    dtype; w: [E, problem.weight_numel], x's dtype, or bfloat16 / float16 storage beside float32 x; graph: from
-    `graph_plan(edge_index, N_in, N_out)`. Returns [N_out, problem.dim_out] in problem.layout_out and x's dtype; sums
+    x: [N_in, problem.dim_in1] node features in problem.layout_in; y: [E, problem.dim_in2] spherical harmonics;
+    w: [E, problem.weight_numel]; x and w in y's dtype, or in bfloat16 / float16 storage beside float32 y; graph: from
+    `graph_plan(edge_index, N_in, N_out)`. Returns [N_out, problem.dim_out] in problem.layout_out and y's dtype; sums
     run in float32 (float64 for float64). Differentiable twice in x, y and w. The formula is that of MACE's conv_tp
     (e3nn TensorProduct with "uvu" instructions, then scatter_sum).
 

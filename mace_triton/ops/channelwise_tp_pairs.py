@@ -35,7 +35,8 @@ def _fwd(x: Tensor, y: Tensor, w: Tensor, row_ptr: Tensor, sender: Tensor, pair:
     dispatch.count("channelwise_tp_pairs_fwd", which)
     if which == "reference":
         held, edge_index = _rows(row_ptr, sender)
-        return reference.channelwise_tp_fwd(spec, x, y[held], w[pair[held].long()], edge_index, row_ptr.shape[0] - 1)
+        wide, rows = x.to(y.dtype), pair[held].long()
+        return reference.channelwise_tp_fwd(spec, wide, y[held], w[rows], edge_index, row_ptr.shape[0] - 1)
     from ..kernels import channelwise_tp as kernels
 
     tensors = (t.contiguous() for t in (x, y, w))
@@ -44,7 +45,7 @@ def _fwd(x: Tensor, y: Tensor, w: Tensor, row_ptr: Tensor, sender: Tensor, pair:
 
 @_fwd.register_fake
 def _(x, y, w, row_ptr, sender, pair, problem):
-    return x.new_empty(row_ptr.shape[0] - 1, ChannelwiseTPProblem.from_key(problem).dim_out)
+    return y.new_empty(row_ptr.shape[0] - 1, ChannelwiseTPProblem.from_key(problem).dim_out)
 
 
 @torch.library.custom_op("mace_triton::channelwise_tp_pairs_bwd", mutates_args=("gy", "gr"))
@@ -67,7 +68,8 @@ def _bwd(
     if which == "reference":
         held, edge_index = _rows(row_ptr, sender)
         rows = pair[held].long()
-        gx, own, gw = reference.channelwise_tp_bwd(spec, g, x, y[held], w.to(x.dtype)[rows], edge_index)
+        wide = (x.to(y.dtype), y[held], w.to(y.dtype)[rows])
+        gx, own, gw = reference.channelwise_tp_bwd(spec, g, *wide, edge_index)
         gy[held] += own
         gr[held] += (gw * d[rows]).sum(1, keepdim=True)
     else:
@@ -75,12 +77,12 @@ def _bwd(
 
         tensors = (t.contiguous() for t in (g, x, y, w, d))
         gx = kernels.add_forces(spec, *tensors, gy, gr, _plan(row_ptr, sender, pair, x.shape[0]), wrt_x)
-    return gx if wrt_x else x.new_empty(0)
+    return gx if wrt_x else y.new_empty(0)
 
 
 @_bwd.register_fake
 def _(g, x, y, w, d, gy, gr, row_ptr, sender, pair, problem, wrt_x):
-    return x.new_empty(x.shape if wrt_x else 0)
+    return y.new_empty(x.shape if wrt_x else 0)
 
 
 def _check(problem: ChannelwiseTPProblem, x, y, w, row_ptr, sender, pair) -> None:
@@ -94,10 +96,11 @@ def _check(problem: ChannelwiseTPProblem, x, y, w, row_ptr, sender, pair) -> Non
         raise ValueError(f"sender, pair and row_ptr must be [{edges}], [{edges}] and [N + 1], got {shapes}")
     if {row_ptr.dtype, sender.dtype, pair.dtype} != {torch.int32}:
         raise TypeError("row_ptr, sender and pair must be int32")
-    if x.dtype not in (torch.float64, torch.float32) or y.dtype != x.dtype:
-        raise TypeError(f"x and y must both be float64 or both float32, got {x.dtype} and {y.dtype}")
-    if w.dtype not in STORAGE[x.dtype]:
-        raise TypeError(f"w must be one of {STORAGE[x.dtype]} when x is {x.dtype}, got {w.dtype}")
+    if y.dtype not in (torch.float64, torch.float32):
+        raise TypeError(f"y must be float64 or float32, got {y.dtype}")
+    for tensor, name in ((x, "x"), (w, "w")):
+        if tensor.dtype not in STORAGE[y.dtype]:
+            raise TypeError(f"{name} must be one of {STORAGE[y.dtype]} when y is {y.dtype}, got {tensor.dtype}")
     if len({t.device for t in (x, y, w, row_ptr, sender, pair)}) != 1:
         raise ValueError("x, y, w, row_ptr, sender and pair must be on one device")
 
@@ -107,10 +110,10 @@ def channelwise_tp_pairs(
 ) -> Tensor:
     """`channelwise_tp` [N, problem.dim_out] of sorted edges with the weights w[pair[e]]; no derivative.
 
-    x [N_in, problem.dim_in1] and y [E, problem.dim_in2], float64 or float32 alike; w [P, problem.weight_numel] in x's
-    dtype, or 16 bits beside float32. The edges lie sorted by receiver: row_ptr [N + 1], sender [E] and pair [E] int32,
-    as `edge_filter` gives them, whose range is not checked. row_ptr may be a stretch of the receivers': edges of others
-    are left out.
+    y [E, problem.dim_in2], float64 or float32, whose dtype the result has; x [N_in, problem.dim_in1] and
+    w [P, problem.weight_numel] in it too, or in 16 bits beside float32. The edges lie sorted by receiver: row_ptr
+    [N + 1], sender [E] and pair [E] int32, as `edge_filter` gives them, whose range is not checked. row_ptr may be a
+    stretch of the receivers': edges of others are left out.
 
     Raises ValueError (shape, device) or TypeError (dtype) naming the argument.
     """
@@ -133,10 +136,10 @@ def add_forces(
     *,
     wrt_x: bool = True,
 ) -> Tensor | None:
-    """Add to gy [E, dim_in2] and gr [E, 1], x's dtype, contiguous, the gradients of y and of the edges' lengths.
+    """Add to gy [E, dim_in2] and gr [E, 1], y's dtype, contiguous, the gradients of y and of the edges' lengths.
 
     g [N, problem.dim_out]: the gradient of `channelwise_tp_pairs`; d [P, problem.weight_numel], w's dtype: the slope of
-    w with the length. Returns the gradient of x, or None without wrt_x. Sums run in any order.
+    w with the length. Returns the gradient of x, in y's dtype, or None without wrt_x. Sums run in any order.
 
     Raises ValueError (shape, device) or TypeError (dtype) naming the argument.
     """
@@ -147,8 +150,8 @@ def add_forces(
     for name, tensor, like in (("gy", gy, tuple(y.shape)), ("gr", gr, (y.shape[0], 1))):
         if tensor.shape != like or not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous {list(like)}, got {list(tensor.shape)}")
-    if {g.dtype, gy.dtype, gr.dtype} != {x.dtype} or d.dtype != w.dtype:
-        raise TypeError(f"g, gy and gr must have x's dtype {x.dtype}, and d that of w, {w.dtype}")
+    if {g.dtype, gy.dtype, gr.dtype} != {y.dtype} or d.dtype != w.dtype:
+        raise TypeError(f"g, gy and gr must have y's dtype {y.dtype}, and d that of w, {w.dtype}")
     if len({t.device for t in (x, g, d, gy, gr)}) != 1:
         raise ValueError("g, d, gy and gr must be on x's device")
     gx = _bwd(g, x, y, w, d, gy, gr, row_ptr, sender, pair, problem.key, wrt_x)
