@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from mace_triton.study.store import revision
+
 RESULTS = Path(__file__).with_name("results")
 OURS = "mace_triton"
 PACKAGES = {
@@ -44,12 +46,6 @@ def _output(command: list[str]) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-def revision() -> str:
-    """The git revision of this checkout; MACE_TRITON_REVISION stands in where there is no .git folder."""
-    given = os.environ.get("MACE_TRITON_REVISION")
-    return given or _output(["git", "-C", str(RESULTS.parent), "rev-parse", "--short=12", "HEAD"]) or "unknown"
 
 
 def command(argv: list[str]) -> str:

@@ -22,7 +22,7 @@ from .certify import Certificate, certify, pick_head, piece, single_point
 from .convert import accelerate, load_model
 from .engine import Engine, Results
 from .engine.compiling import noted, together
-from .models import load_water
+from .models import FOLDER, SHIPPED, load_stored
 from .precision import Precision
 
 PIECE = 500
@@ -37,8 +37,9 @@ def _reads_atoms_alone(model: torch.nn.Module) -> bool:
 class MACETritonCalculator(MACECalculator):
     """`MACECalculator` whose models run on our kernels; energies in eV, forces in eV/angstrom, stress in eV/angstrom^3.
 
-    model: "water" (the model that ships with the package), a .model file, a pattern such as "committee_*.model", the
-    name of a foundation model (fetched by MACE's own loader), a MACE module, or a list of any of these (a committee).
+    model: "water" or "water-medium" (which ship with the package), a .model file, a pattern such as
+    "committee_*.model", the name of a foundation model (fetched by MACE's own loader), a MACE module, or a list of any
+    of these (a committee).
     precision: "fp64", "fp32", "tf32", "bf16", "fp16", a policy file or a `Precision`; None keeps the model's own.
     head: which head of a model with several. device: "cuda", "cuda:1" or "cpu"; the default is a GPU if there is one.
     deterministic: the same bits on every run, for more time. skin: steps run on `Engine`, with neighbours looked for
@@ -203,14 +204,14 @@ def _kind(atoms: ase.Atoms) -> tuple[bytes, bytes]:
 def load(
     source: str | Path | torch.nn.Module, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> list[torch.nn.Module]:
-    """Plain MACE models from "water", a name, a file, a pattern or a module; several only for a pattern.
+    """Plain MACE models from a shipped one's name, a name, a file, a pattern or a module; several only for a pattern.
 
-    dtype: of "water" alone, whose constants are computed in it; the others come as they were saved.
+    dtype: of the shipped ones alone, whose constants are computed in it; the others come as they were saved.
     """
     if isinstance(source, torch.nn.Module):
         return [source]
-    if str(source) == "water":
-        return [load_water(device, dtype)]
+    if str(source) in SHIPPED:
+        return [load_stored(FOLDER / str(source), device, dtype)]
     if any(mark in str(source) for mark in "*?["):
         files = sorted(glob(str(source)))
         if not files:

@@ -1,4 +1,4 @@
-"""The command line: `mace-triton demo | md | certify | doctor | info | bench | dev`."""
+"""The command line: `mace-triton demo | md | certify | doctor | info | study | bench | dev`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ app = typer.Typer(
 )
 console = Console()
 
-Model = Annotated[str, typer.Argument(help="'water' (shipped), a .model file, or a foundation model's name.")]
+Model = Annotated[
+    str, typer.Argument(help="'water' or 'water-medium' (shipped), a .model file, or a foundation model's name.")
+]
 Structure = Annotated[Path, typer.Argument(help="Any file that ASE reads; its last frame.")]
 Precision = Annotated[
     str | None, typer.Option(help="fp64, fp32, tf32, bf16, fp16, or a policy's .json file; default: the model's.")
@@ -70,7 +72,7 @@ def quiet() -> None:
 def demo(
     steps: Annotated[int, typer.Option(help="Steps of molecular dynamics.")] = 2000,
     model: Annotated[
-        str, typer.Option(help="'water' (shipped), a .model file, or a foundation model's name.")
+        str, typer.Option(help="'water' or 'water-medium' (shipped), a .model file, or a foundation model's name.")
     ] = "water",
     precision: Precision = None,
     side: Annotated[int, typer.Option(help="Water molecules along an edge: 4 is 192 atoms, 8 is 1536.")] = 4,
@@ -292,6 +294,12 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_optio
 def bench(ctx: typer.Context) -> None:
     """Benchmarks: turn results into tables and plots."""
     hand_over("mace_triton.bench_report", "mace-triton bench", ctx.args)
+
+
+@app.command(context_settings=PASS_ON, add_help_option=False)
+def study(ctx: typer.Context) -> None:
+    """Studies of precision: errors, a search for the fastest policy, a report."""
+    hand_over("mace_triton.study.app", "mace-triton study", ctx.args)
 
 
 @app.command(context_settings=PASS_ON, add_help_option=False)

@@ -13,6 +13,8 @@ from mace.tools.torch_tools import default_dtype
 from safetensors.torch import load_file, save_file
 
 FOLDER = Path(__file__).parent
+SHIPPED = ("water", "water-medium")
+"""Names of the models that come with the package."""
 
 
 def build_model(architecture: dict, dtype: torch.dtype = torch.float32) -> modules.ScaleShiftMACE:

@@ -1,6 +1,6 @@
-"""Render docs/water-model.md from water.json and water-stability.json, so that no number in it is typed by hand.
+"""Render docs/water-model.md and docs/water-medium-model.md from the models' JSON files: no number is typed by hand.
 
-python -m mace_triton.models.card [--summary RUN.json ...] [--out docs/water-model.md]
+python -m mace_triton.models.card [--summary RUN.json ...] [--json WATER-MEDIUM.json --out docs/water-medium-model.md]
 """
 
 from __future__ import annotations
@@ -14,20 +14,18 @@ import numpy as np
 from mace_triton.models import FOLDER
 
 TEMPLATE = """\
-# The water model
+# The {size}water model
 
-<!-- Made by `python -m mace_triton.models.card` from mace_triton/models/water.json. Do not edit. -->
+<!-- Made by `python -m mace_triton.models.card` from mace_triton/models/{name}.json. Do not edit. -->
 
-A small MACE model of liquid water that ships with the package: `mace_triton.models.load_water()`,
-`MACETritonCalculator("water")`, and the default of `mace-triton demo`. It is there to run a real model at once, to test
-and to time; it is no research-grade potential.
+{purpose}
 
 ## What it is
 | | |
 |---|---|
 {architecture}
 
-Weights: float32 in `water.safetensors`; everything else is in `water.json` and is rebuilt in the dtype you ask for.
+Weights: float32 in `{name}.safetensors`; everything else is in `{name}.json` and is rebuilt in the dtype you ask for.
 Energies in eV, lengths in angstrom. Zero of energy: {zero:.4f} eV per molecule (the mean of the training data) was
 subtracted; add it times the number of molecules to get the DFT total energy. The energies of single atoms are 0 by
 construction: the data hold one composition only.
@@ -40,10 +38,10 @@ come from the same kind of run, so the held-out errors speak for liquid water ne
 else.
 
 ## Training
-`python -m mace_triton.models.train_water DATA.npz --out DIR --minutes {minutes:g}`: MACE's own step, loss, optimiser
-groups and averaging. Stage one weights energy : forces as {one}, learning rate {lr:g} down to {lr2:g}; stage two
-{two}, down to {lr3:g}. {steps} steps of {batch} frames ({epochs} epochs, {steps2} steps in stage two) in
-{seconds:.0f} s, seed {seed}.
+`python -m mace_triton.models.train_water DATA.npz --out DIR --minutes {minutes:g}{how}`:
+MACE's own step, loss, optimiser groups and averaging. Stage one weights energy : forces as {one}, learning rate
+{lr:g} down to {lr2:g}; stage two {two}, down to {lr3:g}. {steps} steps of {batch} frames ({epochs} epochs, {steps2}
+steps in stage two) in {seconds:.0f} s, seed {seed}.
 
 ## Held-out errors (FP64, e3nn, from the stored files)
 | | energy, meV/atom | forces, meV/angstrom |
@@ -63,6 +61,17 @@ The weights are the project's own, under its MIT licence. The training data belo
 
 Made with {versions}.
 """
+
+PURPOSE = {
+    "small": """\
+A small MACE model of liquid water that ships with the package: `mace_triton.models.load_water()`,
+`MACETritonCalculator("water")`, and the default of `mace-triton demo`. It is there to run a real model at once, to test
+and to time; it is no research-grade potential.""",
+    "medium": """\
+A MACE model of liquid water with the shape of MACE-MP's "medium", trained on this package's kernels, that ships with
+the package: `MACETritonCalculator("water-medium")`. It is there for studies of precision; it is no research-grade
+potential. It is the first of three seeds (see [studies](studies/README.md)), not the best of them.""",
+}
 
 STABILITY = """
 ## Stability
@@ -94,7 +103,12 @@ def render(card: dict, summary: dict | None = None) -> str:
     architecture, frames, settings, training = (card[k] for k in ("architecture", "frames", "settings", "training"))
     errors = card["held_out_errors"]
     rows = [f"| {label} | {_cell(architecture[key])} |" for label, key in ROWS]
+    size, precision = settings.get("size", "small"), settings.get("precision")
     return TEMPLATE.format(
+        name=card["name"],
+        size="" if size == "small" else f"{size} ",
+        purpose=PURPOSE[size],
+        how="" if size == "small" else f" --size {size} --precision {precision} --seed {settings['seed']}",
         architecture="\n".join(rows),
         zero=card["energy_zero_eV_per_molecule"],
         data=card["data"].split(";")[0],
@@ -192,7 +206,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.json.is_file():
         raise SystemExit(f"no such file: {args.json}; train the model first")
-    stored = FOLDER / "water-stability.json"  # kept beside the weights, so that the card can be made again
+    stored = FOLDER / f"{args.json.stem}-stability.json"  # kept beside the weights, so that the card can be made again
     if args.summary:
         stored.write_text(json.dumps(merge([json.loads(path.read_text()) for path in args.summary]), indent=1) + "\n")
     summary = json.loads(stored.read_text()) if stored.is_file() else None

@@ -1,0 +1,1 @@
+"""Studies of precision, one command each: `mace-triton study precision | search | report`."""

@@ -1,0 +1,92 @@
+"""The command line of the studies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..cli import fail, one_line_errors
+from .store import FOLDER
+
+app = typer.Typer(help="What low precision costs and gives, one command a study.", no_args_is_help=True)
+console = Console()
+
+Out = Annotated[Path, typer.Option(help="Folder of results.")]
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:N or cpu; default: a GPU if there is one.")]
+Data = Annotated[Path | None, typer.Option(help="The training data (npz): adds its held-out frames.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Toy sizes, for a CPU: minutes, and no results to keep.")]
+
+
+@app.command()
+def precision(
+    model: Annotated[str, typer.Option(help="'water' or 'water-medium' (shipped).")] = "water-medium",
+    data: Data = None,
+    out: Out = FOLDER,
+    device: Device = None,
+    quick: Quick = False,
+) -> None:
+    """Errors of every policy against FP64, and the time of its step."""
+    with one_line_errors():
+        from ..calculator import check_device
+        from ..models import SHIPPED
+        from .precision import run
+
+        if model not in SHIPPED:
+            raise fail(f"--model: this study is of water: one of {', '.join(SHIPPED)}, got {model!r}")
+        if data is not None and not data.is_file():
+            raise fail(f"--data: no such file: {data}")
+        path = run(model, data, out, check_device(device), quick, console)
+    console.print(f"results: {path}; `mace-triton study report` turns them into a page", highlight=False)
+
+
+@app.command()
+def search(
+    model: Annotated[str, typer.Argument(help="A shipped model's name, a .model file, or a foundation model's name.")],
+    structure: Annotated[Path, typer.Argument(help="Any file that ASE reads; errors over its last --frames frames.")],
+    energy: Annotated[float, typer.Option(help="Allowed root-mean-square error of energies, meV/atom.")] = 0.5,
+    force: Annotated[float, typer.Option(help="Allowed root-mean-square error of forces, meV/angstrom.")] = 10.0,
+    policy: Annotated[Path, typer.Option(help="Where the policy goes; every --precision takes it.")] = Path(
+        "policy.json"
+    ),
+    frames: Annotated[int, typer.Option(help="Of the structure's file.")] = 20,
+    copies: Annotated[int, typer.Option(help="Steps are timed on the last frame, repeated so often each way.")] = 1,
+    out: Out = FOLDER,
+    device: Device = None,
+) -> None:
+    """The fastest policy whose errors against FP64 stay within a budget."""
+    with one_line_errors():
+        import ase.io
+        import torch
+
+        from ..calculator import check_device, load
+        from .search import Limits, run
+
+        limits = Limits(energy, force)
+        if policy.suffix != ".json":
+            raise fail(f"--policy: a policy file ends in .json, got {policy}")
+        read = ase.io.read(structure, index=f"-{frames}:")
+        device = check_device(device)
+        plain = load(model, device, torch.float64)[0].double().eval()
+        found = run(plain, grouped(read), read[-1].repeat(copies), limits, policy, out, console)
+    console.print(f"{found}\nwritten to {policy}: use it as --precision {policy}", highlight=False, soft_wrap=True)
+
+
+def grouped(frames: list) -> list[tuple]:
+    """Frames of the same atoms together, in the order they first come."""
+    found: dict[bytes, list] = {}
+    for atoms in frames:
+        found.setdefault(atoms.numbers.tobytes() + atoms.pbc.tobytes(), []).append(atoms)
+    return [tuple(group) for group in found.values()]
+
+
+@app.command()
+def report(out: Out = FOLDER) -> None:
+    """One page, Markdown and HTML, of all results in the folder."""
+    with one_line_errors():
+        from .report import write
+
+        for path in write(out):
+            console.print(str(path), highlight=False)

@@ -1,0 +1,58 @@
+"""What the thesis this grew from (arXiv 2510.23621) claims, what our studies measured of it, and what follows.
+
+A claim that no study has measured says so; a verdict is worked out from results, never written down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .store import Row
+
+STILL = 1e-4
+"""eV/angstrom: forces up to which a perfect crystal counts as free of them."""
+FACTOR = 4.0
+"""The speed-up that the thesis claims of 16-bit linears."""
+OPEN = ("not measured yet", "open")
+
+Line = tuple[str, str, str]
+
+
+def verdicts(studies: dict[str, dict]) -> Iterator[Line]:
+    """(claim, what was measured, verdict)."""
+    yield ("cuEquivariance is 3 times faster than e3nn", *OPEN)
+    yield ("BF16 or FP16 linears make a step 4 times faster still", *_faster(studies.get("precision")))
+    yield ("observables of MD stay within run-to-run variability under low precision", *OPEN)
+    yield ("weights stored in half precision hurt training", *OPEN)
+    yield ("low precision leaves forces in a perfect crystal", *_crystals(studies.get("precision")))
+
+
+def _faster(study: Row | None) -> tuple[str, str]:
+    if study is None:
+        return OPEN
+    atoms = max(row["atoms"] for row in study["times"])
+    found = {row["policy"]: row for row in study["times"] if row["atoms"] == atoms}
+    said, most = [], 0.0
+    for policy in ("linear bf16", "linear fp16", "bf16", "fp16"):
+        if policy in found:
+            (least, high), (low, top) = found["fp32"]["ms_ends"], found[policy]["ms_ends"]
+            ratio = found["fp32"]["ms"] / found[policy]["ms"]
+            said.append(f"{policy} {ratio:.2f} [{least / top:.2f}, {high / low:.2f}]")
+            most = max(most, high / low)
+    text = f"fp32's time over it, engine, {atoms} atoms (ends: slowest and fastest repeats): {', '.join(said)}"
+    return text, "not confirmed" if most < FACTOR else "confirmed"
+
+
+def _crystals(study: Row | None) -> tuple[str, str]:
+    rows = [row for row in study["rows"] if row["still"]] if study else []
+    if not rows:
+        return OPEN
+    largest: dict[str, float] = {}
+    for row in rows:
+        largest[row["policy"]] = max(largest.get(row["policy"], 0.0), row["largest_force"])
+    over = [policy for policy, force in largest.items() if force > STILL]
+    shown = [name for name in ("fp64", "e3nn fp32", "fp32", "tf32", "bf16", "fp16", "all bf16") if name in largest]
+    crystals = len({row["sample"] for row in rows})
+    text = f"largest force of {crystals} crystals, eV/angstrom: "
+    text += ", ".join(f"{name} {largest[name]:.0e}" for name in shown)
+    return text, f"confirmed for {', '.join(over)}" if over else f"not confirmed: all below {STILL:g}"

@@ -1,0 +1,177 @@
+"""`mace-triton study report`: README.md and report.html of the results in a folder. No figure is typed by hand."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+from .claims import verdicts
+from .precision import BLOCKS, E3NN
+from .store import Row, load
+
+BAR = {"fp32": (0.05, 0.1), "bf16": (0.5, 10.0)}
+"""Policy -> errors that its users may expect at most, on held-out water: meV/atom, meV/angstrom."""
+HEADS = {
+    "models": "The medium water model, three seeds",
+    "precision": "Errors of policies, and times of their steps",
+    "search": "The fastest policy within a budget",
+}
+
+Section = tuple[str, list[str], list[list[str]], str]
+"""Title, head of a table, its lines, and what is to be said below."""
+
+
+def write(folder: Path) -> list[Path]:
+    """Write FOLDER/README.md, report.html and pareto.svg. Raises ValueError where the folder holds no results."""
+    studies = load(folder)
+    if not studies:
+        raise ValueError(f"studies: no results in {folder}; run `mace-triton study precision` first")
+    parts = list(sections(studies))
+    pages = {"README.md": markdown(parts, studies)}
+    if "precision" in studies:
+        pages["pareto.svg"] = pareto(studies["precision"])
+    pages["report.html"] = page(parts, pages.get("pareto.svg", ""))
+    for name, text in pages.items():
+        (folder / name).write_text(text)
+    return [folder / name for name in pages]
+
+
+def sections(studies: dict[str, dict]) -> Iterator[Section]:
+    """The report's tables."""
+    yield "Claims", ["claim", "measured", "verdict"], [list(line) for line in verdicts(studies)], ""
+    if "models" in studies:
+        yield _seeds(studies["models"])
+    if "precision" in studies:
+        yield from _errors(studies["precision"])
+        yield _times(studies["precision"])
+    if "search" in studies:
+        yield _search(studies["search"])
+    lines = [[name, *(str(part) for part in _where(study["environment"]))] for name, study in studies.items()]
+    yield "Where and how", ["study", "card", "revision", "date", "versions", "command"], lines, ""
+
+
+def _where(found: Row) -> tuple[object, ...]:
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return found["card"], found["revision"], str(found["date"])[:10], versions, f"`{found['command']}`"
+
+
+def _seeds(study: Row) -> Section:
+    keys = ("energy_rmse_meV_per_atom", "force_rmse_meV_per_angstrom")
+    lines = [[str(row["seed"]), *(f"{row[key]:.3g}" for key in keys), str(row["steps"])] for row in study["rows"]]
+    head = ["seed", "energy rmse, meV/atom", "force rmse, meV/angstrom", "training steps"]
+    return HEADS["models"], head, lines, "On the held-out folder, FP64, e3nn. The first seed is the one that ships."
+
+
+def _errors(study: Row) -> Iterator[Section]:
+    """A table for each model and sample."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in study["rows"]:
+        groups.setdefault((row["model"], row["sample"]), []).append(row)
+    for (model, sample), rows in groups.items():
+        head = ["policy", "energy, meV/atom", "force, meV/angstrom", "largest", "1 - cos", "stress, meV/angstrom^3"]
+        if rows[0]["still"]:
+            head = ["policy", "energy, meV/atom", "largest force, eV/angstrom", "stress, meV/angstrom^3"]
+        lines = [_line(row) for row in rows]
+        yield f"{model}: {sample}", head, lines, f"{study['samples'][sample]}. Root mean squares, 95 % intervals."
+
+
+def _line(row: Row) -> list[str]:
+    energy, stress = _with_ends(row["energy_rmse"]), _with_ends(row["stress_rmse"])
+    if row["still"]:
+        return [row["policy"], energy, f"{row['largest_force']:.1e}", stress]
+    cosine = row["one_minus_cosine"]
+    return [row["policy"], energy, _with_ends(row["force_rmse"]), f"{row['force_max']:.2g}", f"{cosine:.0e}", stress]
+
+
+def _with_ends(found: list) -> str:
+    value, low, high = found
+    return f"{value:.2g}" if low is None else f"{value:.2g} [{low:.2g}, {high:.2g}]"
+
+
+def _times(study: Row) -> Section:
+    sizes = sorted({row["atoms"] for row in study["times"]})
+    found = {(row["policy"], row["atoms"]): row for row in study["times"]}
+    lines = []
+    for policy in dict.fromkeys(row["policy"] for row in study["times"]):
+        cells = [found[policy, atoms] for atoms in sizes]
+        slower = [f"{found['fp32', row['atoms']]['ms'] / row['ms']:.2f}" for row in cells]
+        lines.append([policy, *(f"{row['ms']:.3g}" for row in cells), *slower, cells[0]["by_autograd"]])
+    head = ["policy", *(f"{n} atoms, ms" for n in sizes), *(f"fp32's over it, {n}" for n in sizes), "not on the engine"]
+    return "Steps of the engine, water", head, lines, "Wall time of a step among others like it, forces and stress."
+
+
+def _search(study: Row) -> Section:
+    words = ("linear", "radial", "tensor_product", "contraction", "features")
+    rows = sorted(study["rows"], key=lambda row: row["ms"])
+    best = study["found"]["words"]
+    same = [field for field in best if field != "name"]
+    lines = []
+    for row in rows:
+        mark = " (found)" if all(row["words"][field] == best[field] for field in same) else ""
+        numbers = [f"{row['ms']:.3g}{mark}", f"{row['energy_rmse']:.2g}", f"{row['force_rmse']:.2g}"]
+        lines.append([*(row["words"][field] for field in words), *numbers])
+    limits = study["limits"]
+    said = f"Allowed: {limits['energy']:g} meV/atom and {limits['force']:g} meV/angstrom; {study['atoms']} atoms."
+    return HEADS["search"], [*words, "ms", "energy rmse", "force rmse"], lines, said
+
+
+def markdown(parts: list[Section], studies: dict[str, dict]) -> str:
+    """The page for a reader of the repository."""
+    lines = ["# Studies of precision", "", "<!-- Made by `mace-triton study report`. Do not edit. -->", ""]
+    for title, head, rows, below in parts:
+        lines += [f"## {title}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
+        lines += ["", *([below, ""] if below else [])]
+    if "precision" in studies:
+        at = next(i for i, line in enumerate(lines) if line.startswith("## Steps of the engine"))
+        lines[at:at] = ["![error against time of a step](pareto.svg)", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def page(parts: list[Section], picture: str) -> str:
+    """The same as one HTML file."""
+    style = "body{font:15px sans-serif;max-width:70em;margin:2em auto}td,th{padding:.2em .7em;text-align:left}"
+    found = ["<!doctype html><meta charset=utf-8><title>Studies of precision</title>", f"<style>{style}</style>"]
+    found.append("<h1>Studies of precision</h1>")
+    found.append(picture[picture.find("<svg") :])
+    for title, head, rows, below in parts:
+        cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+        top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+        found.append(f"<h2>{html.escape(title)}</h2><table><tr>{top}</tr>")
+        found += [f"<tr>{row}</tr>" for row in cells]
+        found.append(f"</table><p>{html.escape(below)}</p>")
+    return "\n".join(found) + "\n"
+
+
+def pareto(study: Row) -> str:
+    """An SVG: force error of the first sample against the time of a step of the largest box, each policy a point."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "mace_triton"  # the same figures give the same file
+    first = study["rows"][0]
+    error = {
+        row["policy"]: row["force_rmse"]
+        for row in study["rows"]
+        if (row["model"], row["sample"]) == (first["model"], first["sample"])
+    }
+    atoms = max(row["atoms"] for row in study["times"])
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for row in study["times"]:
+        if row["atoms"] != atoms or row["policy"] in ("fp64", E3NN) or row["by_autograd"]:
+            continue
+        value, low, high = error[row["policy"]]
+        ends = None if low is None else [[value - low], [high - value]]
+        block = any(row["policy"].startswith(name) for name in BLOCKS)
+        axes.errorbar(row["ms"], value, yerr=ends, fmt="o", color="#4c8bf5" if block else "#d6336c")
+        axes.annotate(row["policy"], (row["ms"], value), textcoords="offset points", xytext=(5, 3), fontsize=8)
+    axes.set(xlabel=f"step of {atoms} atoms, ms", ylabel="force error, meV/angstrom (rms)", yscale="log")
+    axes.set_title(f"{first['model']}, {first['sample']}", fontsize=10)
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None}, bbox_inches="tight")
+    pyplot.close(figure)
+    return out.getvalue()

@@ -1,0 +1,96 @@
+"""What all studies share: where they ran, how sure a number is, and the JSON files that the report is made of."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import torch
+
+FOLDER = Path("docs") / "studies"
+"""Where results are kept in a checkout."""
+PACKAGES = ("torch", "triton", "mace-torch", "e3nn", "ase")
+DRAWS, LEVEL = 2000, 0.95
+"""Of the bootstrap."""
+
+Row = dict[str, object]
+
+
+def environment(device: torch.device) -> Row:
+    """Card, versions, revision, date and command of this run."""
+    return {
+        "card": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "revision": revision(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command(sys.argv[1:]),
+    }
+
+
+def command(arguments: list[str]) -> str:
+    """What one types to repeat a run, without the place its results go to; files by their names alone."""
+    before = [None, *arguments[:-1]]
+    kept = [word for last, word in zip(before, arguments, strict=True) if "--out" not in (last, word)]
+    return shlex.join(["mace-triton", *(Path(word).name if "/" in word else word for word in kept)])
+
+
+def revision() -> str:
+    """The git revision of this checkout; MACE_TRITON_REVISION stands in where there is no .git folder."""
+    given = os.environ.get("MACE_TRITON_REVISION")
+    if given:
+        return given
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def save(study: str, folder: Path, device: torch.device, **parts: object) -> Path:
+    """Write FOLDER/STUDY.json, and say where it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{study}.json"
+    document = {"study": study, "environment": environment(device), **parts}
+    path.write_text(json.dumps(document, indent=1, default=float) + "\n")
+    return path
+
+
+def load(folder: Path) -> dict[str, dict]:
+    """The results in a folder, by study. Raises ValueError naming a file that is none."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            document = json.loads(path.read_text())
+            found[document["study"]] = document
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"studies: {path} is no study's result ({error!r}); remove it or run it anew") from error
+    return found
+
+
+def interval(
+    values: np.ndarray, of: Callable[[np.ndarray], np.ndarray], seed: int = 0
+) -> tuple[float, float | None, float | None]:
+    """(statistic, lower and upper end of its 95 % interval) of independent values, by the percentile bootstrap.
+
+    of: maps [..., n] to [...]: values along the last axis to the statistic. One value has no interval: None. Efron and
+    Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+    """
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return float(of(values)), None, None
+    drawn = np.random.default_rng(seed).integers(0, len(values), (DRAWS, len(values)))
+    ends = np.quantile(of(values[drawn]), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(of(values)), float(ends[0]), float(ends[1])
+
+
+def root_mean_square(values: np.ndarray) -> np.ndarray:
+    """Of values along the last axis."""
+    return np.sqrt(np.mean(np.square(values), axis=-1))
