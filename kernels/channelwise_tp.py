@@ -203,10 +203,13 @@ def double_backward(problem, g, x, y, w, a, b, q, plan):
     return _run_forward(problem, operands, plan, tangent=True), *_run_backward(problem, g, operands, plan, True, True)
 
 
-def offline_cases(problem, target: str = "sm_90", storages: tuple[str, ...] = ("fp64", "fp32", "bf16")) -> list:
+def offline_cases(
+    problem, target: str = "sm_90", storages: tuple[str, ...] = ("fp64", "fp32", "bf16"), features: str | None = None
+) -> list:
     """Every kernel of `problem` with the tiles in use, for `offline.compile_case`; a case's module is a generated file.
 
-    storages: of the weights; the rest is FP32 beside 16-bit weights. AMD: no prefetch, which is an NVIDIA instruction.
+    storages: of the weights; the rest is FP32 beside 16-bit weights, the node features in `features` if it is given.
+    AMD: no prefetch, which is an NVIDIA instruction.
     """
     cases = []
     for storage in storages:
@@ -216,7 +219,8 @@ def offline_cases(problem, target: str = "sm_90", storages: tuple[str, ...] = ("
             ahead = 0 if target.startswith("gfx") else tile["AHEAD"]
             for kernels in _offline_kernels(op, problem, tile, ahead):
                 for number, (kernel, _) in enumerate(kernels):
-                    cases.append(_offline_case(kernel.fn, f"{number + 1}/{len(kernels)}", tile, **call))
+                    part = f"{number + 1}/{len(kernels)}"
+                    cases.append(_offline_case(kernel.fn, part, tile, **call, features=features))
     return cases
 
 
@@ -230,13 +234,14 @@ def _offline_kernels(op: str, problem, tile: tiles.Tile, ahead: int) -> list[lis
     return [_forward_kernels(*plain, False), _forward_kernels(*tangent, True), _forward_kernels(*plain, False, True)]
 
 
-def _offline_case(function, part: str, tile: tiles.Tile, dtype: str, storage: str):
+def _offline_case(function, part: str, tile: tiles.Tile, dtype: str, storage: str, features: str | None):
     """The specialisation of one generated kernel that a launch with `tile` compiles."""
     import inspect
 
     from .offline import Case
 
     words = dict.fromkeys(("w_ptr", "q_ptr", "d_ptr", "gw_ptr"), storage)
+    words |= dict.fromkeys(("x_ptr", "a_ptr"), features or dtype)
     words |= dict.fromkeys(("receiver_ptr", "perm_ptr", "sender_ptr"), "i32")
     names = [name for name in inspect.signature(function).parameters if name.endswith("_ptr")]
     signature = {name: f"*{words.get(name, dtype)}" for name in names}

@@ -6,7 +6,7 @@ Monomials are products of gathered components; a component that is always one st
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import reduce
+from functools import lru_cache, reduce
 
 import torch
 
@@ -16,6 +16,7 @@ CHUNK = 2**22
 """Terms times channels times nodes that are held at once."""
 
 
+@lru_cache(maxsize=64)  # thousands of terms, wanted in every step
 def _index(problem: SymmetricContractionProblem, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """(output component [T], input components [degree, T]) of every term; dim_in stands for a missing factor."""
     padded = [(*mono, *(problem.dim_in,) * (problem.degree - len(mono))) for _, mono in problem.terms]
@@ -28,13 +29,19 @@ def _chunks(problem: SymmetricContractionProblem, nodes: int) -> Iterator[slice]
     return (slice(start, start + step) for start in range(0, nodes, step))
 
 
-def _table(problem: SymmetricContractionProblem, like: torch.Tensor) -> torch.Tensor:
-    """[T, paths]."""
+@lru_cache(maxsize=64)
+def _exact_table(problem: SymmetricContractionProblem) -> torch.Tensor:
+    """[T, paths], float64."""
     table = torch.zeros(len(problem.terms), problem.paths, dtype=torch.float64)
     for t, row in enumerate(problem.table):
         for path, factor in row:
             table[t, path] = factor
-    return table.to(like.device, like.dtype)
+    return table
+
+
+def _table(problem: SymmetricContractionProblem, like: torch.Tensor) -> torch.Tensor:
+    """[T, paths]."""
+    return _exact_table(problem).to(like.device, like.dtype)
 
 
 def combine(problem: SymmetricContractionProblem, weights: torch.Tensor) -> torch.Tensor:

@@ -108,7 +108,7 @@ class SymmetricContractionProblem:
         if self.channels < 1:
             raise ValueError(f"channels must be positive, got {self.channels}")
 
-    @property
+    @cached_property
     def degree(self) -> int:
         """The largest number of factors, MACE's correlation."""
         return max((len(monomial) for _, monomial in self.terms), default=1)

@@ -332,19 +332,21 @@ def test_plan_is_built_once_per_graph_and_again_after_a_change(device):
 
 
 @pytest.mark.parametrize(
-    ("target", "hidden", "storages"),
+    ("target", "hidden", "storages", "features"),
     [
-        ("sm_90", "128x0e+128x1o+128x2e", ("fp32",)),
-        ("sm_90", "128x0e+128x1o", ("fp64", "bf16")),
-        ("sm_80", "128x0e+128x1o", ("fp32",)),
-        ("gfx942", "128x0e+128x1o", ("fp32",)),
+        ("sm_90", "128x0e+128x1o+128x2e", ("fp32",), None),
+        ("sm_90", "128x0e+128x1o", ("fp64",), None),
+        ("sm_90", "128x0e+128x1o", ("bf16",), None),
+        ("sm_90", "128x0e", ("bf16",), "bf16"),
+        ("sm_80", "128x0e+128x1o", ("fp32",), None),
+        ("gfx942", "128x0e+128x1o", ("fp32",), None),
     ],
 )
-def test_kernels_compile_without_spills(target, hidden, storages):
+def test_kernels_compile_without_spills(target, hidden, storages, features):
     problem = ChannelwiseTPProblem.from_mace(
         hidden, HARMONICS, "128x0e+128x1o+128x2e+128x3o", layout_in="ir_mul", layout_out="ir_mul"
     )
-    compiled = offline.compile_cases(kernels.offline_cases(problem, target, storages), target)
+    compiled = offline.compile_cases(kernels.offline_cases(problem, target, storages, features), target)
     assert {name.split()[0] for name in compiled} == {
         f"channelwise_tp_{kind}" for kind in ("fwd", "bwd", "forces", "fwd_pairs", "fwd_tangent", "bwd_tangent")
     }

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..cli import fail, one_line_errors
+from ..cli import one_line_errors
 from .store import FOLDER
 
 app = typer.Typer(help="What low precision costs and gives, one command a study.", no_args_is_help=True)
@@ -35,9 +35,9 @@ def precision(
         from .precision import run
 
         if model not in SHIPPED:
-            raise fail(f"--model: this study is of water: one of {', '.join(SHIPPED)}, got {model!r}")
+            raise ValueError(f"--model: this study is of water: one of {', '.join(SHIPPED)}, got {model!r}")
         if data is not None and not data.is_file():
-            raise fail(f"--data: no such file: {data}")
+            raise ValueError(f"--data: no such file: {data}")
         path = run(model, data, out, check_device(device), quick, console)
     console.print(f"results: {path}; `mace-triton study report` turns them into a page", highlight=False)
 
@@ -66,7 +66,7 @@ def search(
 
         limits = Limits(energy, force)
         if policy.suffix != ".json":
-            raise fail(f"--policy: a policy file ends in .json, got {policy}")
+            raise ValueError(f"--policy: a policy file ends in .json, got {policy}")
         read = ase.io.read(structure, index=f"-{frames}:")
         device = check_device(device)
         plain = load(model, device, torch.float64)[0].double().eval()

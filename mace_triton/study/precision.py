@@ -34,6 +34,8 @@ BLOCKS = ("linear", "radial", "tensor_product", "contraction", "features", "read
 AGREE = 1e-9
 """Relative difference of forces up to which FP64 agrees with e3nn's."""
 E3NN = "e3nn fp32"
+ELEMENTS = (31, 33)
+"""Of the models with random weights: gallium and arsenic."""
 REPEATS, STEPS = 5, 20
 """Of a timing: its median over REPEATS of a mean over STEPS."""
 
@@ -153,9 +155,10 @@ def rows_of(
             yield row | errors(got, exact[sample.name], sample.still)
 
 
-def times_of(name: str, plain: torch.nn.Module, sides: tuple[int, ...], chosen: list[Precision], device) -> list[Row]:
+def times_of(
+    name: str, plain: torch.nn.Module, sides: tuple[int, ...], chosen: list[Precision], device: torch.device
+) -> Iterator[Row]:
     """Milliseconds of the engine's step of water boxes under each policy; what the engine cannot write out says so."""
-    found = []
     for policy in chosen:
         model = accelerate(plain, policy)
         for side in sides:
@@ -163,8 +166,7 @@ def times_of(name: str, plain: torch.nn.Module, sides: tuple[int, ...], chosen: 
             engine.step()
             ms, *ends = milliseconds(engine.step, device, STEPS if device.type == "cuda" else 1)
             row = {"model": name, "policy": policy.name, "atoms": engine.atoms, "ms": ms, "ms_ends": ends}
-            found.append(row | {"by_autograd": engine.autograd_because})
-    return found
+            yield row | {"by_autograd": engine.autograd_because}
 
 
 def samples_of_water(model: str, data: Path | None, device: str, quick: bool) -> list[Sample]:
@@ -184,14 +186,20 @@ def run(model: str, data: Path | None, folder: Path, device: str, quick: bool, c
     chosen, where = policies(quick), torch.device(device)
     plain = load(model, device, torch.float64)[0].double().eval()
     samples = samples_of_water(model, data, device, quick)
-    rows = list(rows_of(model, plain, samples, chosen, console))
-    others = []
+    rows, times, sources = [], [], {sample.name: sample.source for sample in samples}
+
+    def keep(found: Iterator[Row], where_to: list[Row]) -> Path:
+        for row in found:  # what was measured stays, whatever happens to the next policy
+            where_to.append(row)
+            path = save("precision", folder, where, quick=quick, samples=sources, rows=rows, times=times)
+        return path
+
+    keep(rows_of(model, plain, samples, chosen, console), rows)
+    keep(times_of(model, plain, (2,) if quick else (4, 8), chosen, where), times)
     for shape in ("small",) if quick else ("medium", "large"):
-        elements = (31, 33)
-        made = random_model(shape, 8 if quick else 128, elements, 4.0 if quick else 6.0).to(device).eval()
-        others.append(structures.other_elements(elements, 1 if quick else 2, 2 if quick else 10))
+        made = random_model(shape, 8 if quick else 128, ELEMENTS, 4.0 if quick else 6.0).to(device).eval()
+        other = structures.other_elements(ELEMENTS, 1 if quick else 2, 2 if quick else 10)
+        sources[other.name] = other.source
         presets = [policy for policy in chosen if policy.name in PRESETS]
-        rows += rows_of(f"{shape}, random weights", made, others[-1:], presets, console)
-    times = times_of(model, plain, (2,) if quick else (4, 8), chosen, where)
-    sources = {sample.name: sample.source for sample in (*samples, *others)}
-    return save("precision", folder, where, quick=quick, samples=sources, rows=rows, times=times)
+        path = keep(rows_of(f"{shape}, random weights", made, [other], presets, console), rows)
+    return path

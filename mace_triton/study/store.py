@@ -39,8 +39,8 @@ def environment(device: torch.device) -> Row:
 
 def command(arguments: list[str]) -> str:
     """What one types to repeat a run, without the place its results go to; files by their names alone."""
-    before = [None, *arguments[:-1]]
-    kept = [word for last, word in zip(before, arguments, strict=True) if "--out" not in (last, word)]
+    pairs = zip([None, *arguments], arguments, strict=False)
+    kept = [word for last, word in pairs if "--out" not in (last, word)]
     return shlex.join(["mace-triton", *(Path(word).name if "/" in word else word for word in kept)])
 
 
