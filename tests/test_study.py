@@ -14,7 +14,7 @@ import mace_triton as mt
 from mace_triton import cli
 from mace_triton.models import load_water
 from mace_triton.precision import PRESETS, Precision
-from mace_triton.study import claims, precision, report, search, store, structures
+from mace_triton.study import claims, precision, report, search, store, structures, training
 from mace_triton.water import water_box
 
 pytestmark = pytest.mark.torchscript
@@ -35,6 +35,9 @@ def test_interval_is_that_of_the_mean():
     assert low < mean < high
     assert store.interval(np.full(5, 2.0), store.root_mean_square) == (2.0, 2.0, 2.0)
     assert store.interval(np.array([2.0]), store.root_mean_square) == (2.0, None, None)
+    few = np.array([1.0, 2.0, 4.0])
+    assert store.mean_interval(few) == pytest.approx((7 / 3, 7 / 3 - 3.7947, 7 / 3 + 3.7947), abs=1e-3)
+    assert store.mean_interval(few[:1]) == (1.0, None, None)
 
 
 def test_command_names_files_and_no_place():
@@ -277,6 +280,86 @@ def test_verdicts_follow_the_figures():
     assert verdict_of(still | {"largest_force": 1e-6})[-1] == "not confirmed: all below 0.0001"
     assert verdict_of(still, [times[0], times[1] | {"ms": 0.9, "ms_ends": [0.9, 0.9]}])[1] == "confirmed"
     assert [verdict for _, _, verdict in claims.verdicts({})] == ["open"] * 5
+
+
+# Training
+
+
+def test_stochastic_rounding_is_right_in_the_mean():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.tensor([1.0 + 2**-9, -(1.0 + 2**-10), 3.1415926, -1e-6, 0.0, 1.0])
+    draws = torch.stack([training.at_random(values, torch.bfloat16, generator) for _ in range(4000)])
+    assert torch.equal(draws, draws.bfloat16().float())
+    neighbours = values.bfloat16().float()
+    ulp = torch.ldexp(torch.ones(6), values.abs().clamp_min(1e-30).log2().floor().int() - 7)
+    assert ((draws - values).abs() < ulp).all()
+    spread = ulp / 2 / 4000**0.5
+    assert ((draws.mean(0) - values).abs() <= 5 * spread).all()
+    assert torch.equal(draws[:, -2:], neighbours[-2:].expand(4000, 2))
+    with pytest.raises(TypeError, match="float32 to bfloat16"):
+        training.at_random(values.double(), torch.bfloat16, generator)
+
+
+@pytest.mark.parametrize("mode", [m for m in training.MODES if m.weights != "fp32"], ids=lambda mode: mode.name)
+def test_weights_are_stored_as_the_mode_says(mode):
+    layer = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-4)
+    start = [p.detach().clone() for p in layer.parameters()]
+    training.Storage(mode, layer, optimizer, seed=0)
+    dtype = training.SIXTEEN[mode.weights]
+    for _ in range(200):
+        optimizer.zero_grad()
+        sum(p.sum() for p in layer.parameters()).backward()
+        optimizer.step()
+        assert all(torch.equal(p, p.to(dtype).float()) for p in layer.parameters())
+    moved = torch.cat([(a - b).ravel() for a, b in zip(start, layer.parameters(), strict=True)]).mean().item()
+    if mode.masters or mode.stochastic:  # steps far below the spacing of the weights add up
+        assert moved == pytest.approx(200 * 1e-4, rel=0.25)
+    else:
+        assert moved < 0.5 * 200 * 1e-4 or mode.weights == "fp16"
+
+
+def test_a_small_training_study(tmp_path, monkeypatch, reference_path):
+    names = ("fp32", "bf16 weights", "autocast bf16")
+    monkeypatch.setattr(training, "MODES", tuple(mode for mode in training.MODES if mode.name in names))
+    right = training.train
+
+    def failing(mode, seed, *rest):
+        if mode.name == "autocast bf16" and seed == 2:
+            raise RuntimeError("no kernel for this")
+        return right(mode, seed, *rest)
+
+    monkeypatch.setattr(training, "train", failing)
+    done = study("training", "--model", "water", "--quick", "--device", "cpu", "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    found = store.load(tmp_path)["training"]
+    rows = {(row["mode"], row["seed"]): row for row in found["rows"]}
+    assert set(rows) == {(name, seed) for name in names for seed in (1, 2)}
+    assert rows["autocast bf16", 2]["reason"] == "no kernel for this"
+    for seed in (1, 2):
+        single, stored = (rows[name, seed]["force_rmse"] for name in names[:2])
+        assert [point["step"] for point in rows["fp32", seed]["curve"]] == [6, 12]
+        assert rows["fp32", seed]["curve"][-1]["force_rmse"] == single
+        assert single != stored
+    report.write(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "| bf16 weights |" in text
+    assert (tmp_path / "training.svg").is_file()
+
+
+def test_the_verdict_on_weights_needs_seeds():
+    def row(mode, seed, force):
+        return {"mode": mode, "seed": seed, "status": "ok", "force_rmse": force}
+
+    modes = [mode.name for mode in training.MODES if mode.weights != "fp32"]
+    rows = [row("fp32", seed, 20 + seed) for seed in range(4)]
+    for n, mode in enumerate(modes):
+        rows += [row(mode, seed, (20 + seed) * (1.2 if n == 0 else 1.0) * (1 + 1e-3 * seed)) for seed in range(4)]
+    (line,) = [line for line in claims.verdicts({"training": {"rows": rows}}) if line[0].startswith("weights")]
+    assert line[2].startswith("bf16 weights: yes; fp16 weights: no")
+    one = [r for r in rows if r["seed"] == 0]
+    (line,) = [line for line in claims.verdicts({"training": {"rows": one}}) if line[0].startswith("weights")]
+    assert line[2] == "open"
 
 
 def test_the_page_in_docs_is_that_of_its_results(tmp_path):

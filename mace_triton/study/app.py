@@ -43,6 +43,25 @@ def precision(
 
 
 @app.command()
+def training(
+    model: Annotated[str, typer.Option(help="Teacher: 'water' or 'water-medium' (shipped).")] = "water-medium",
+    out: Out = FOLDER,
+    device: Device = None,
+    quick: Quick = False,
+) -> None:
+    """The same toy training under several precisions of compute and of stored weights, several seeds each."""
+    with one_line_errors():
+        from ..calculator import check_device
+        from ..models import SHIPPED
+        from .training import run
+
+        if model not in SHIPPED:
+            raise ValueError(f"--model: this study is of water: one of {', '.join(SHIPPED)}, got {model!r}")
+        path = run(model, out, check_device(device), quick, console)
+    console.print(f"results: {path}; `mace-triton study report` turns them into a page", highlight=False)
+
+
+@app.command()
 def search(
     model: Annotated[str, typer.Argument(help="A shipped model's name, a .model file, or a foundation model's name.")],
     structure: Annotated[Path, typer.Argument(help="Any file that ASE reads; errors over its last --frames frames.")],

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .store import Row
+import numpy as np
+
+from .store import Row, mean_interval
 
 STILL = 1e-4
 """eV/angstrom: forces up to which a perfect crystal counts as free of them."""
 FACTOR = 4.0
 """The speed-up that the thesis claims of 16-bit linears."""
+HURT = 0.05
+"""Part of FP32's force error: a mode whose error is surely higher by more hurts, one surely not does not."""
 OPEN = ("not measured yet", "open")
 
 Line = tuple[str, str, str]
@@ -23,7 +27,7 @@ def verdicts(studies: dict[str, dict]) -> Iterator[Line]:
     yield ("cuEquivariance is 3 times faster than e3nn", *OPEN)
     yield ("BF16 or FP16 linears make a step 4 times faster still", *_faster(studies.get("precision")))
     yield ("observables of MD stay within run-to-run variability under low precision", *OPEN)
-    yield ("weights stored in half precision hurt training", *OPEN)
+    yield ("weights stored in half precision hurt training", *_weights(studies.get("training")))
     yield ("low precision leaves forces in a perfect crystal", *_crystals(studies.get("precision")))
 
 
@@ -41,6 +45,36 @@ def _faster(study: Row | None) -> tuple[str, str]:
             most = max(most, high / low)
     text = f"fp32's time over it, engine, {atoms} atoms (ends: slowest and fastest repeats): {', '.join(said)}"
     return text, "not confirmed" if most < FACTOR else "confirmed"
+
+
+def above_fp32(rows: list[Row], mode: str) -> tuple[float, float | None, float | None]:
+    """By which part a mode's force error is above FP32's: mean and 95 % interval over the seeds that both have.
+
+    Raises LookupError where there is no such seed.
+    """
+    found = {(row["mode"], row["seed"]): row["force_rmse"] for row in rows if row["status"] == "ok"}
+    seeds = [seed for name, seed in found if name == mode and ("fp32", seed) in found]
+    if not seeds:
+        raise LookupError(f"no seed of {mode!r} and of FP32")
+    return mean_interval(np.array([found[mode, seed] / found["fp32", seed] - 1 for seed in seeds]))
+
+
+def _weights(study: Row | None) -> tuple[str, str]:
+    if study is None:
+        return OPEN
+    said, verdict = [], {}
+    for mode in ("bf16 weights", "fp16 weights", "bf16 weights, stochastic rounding", "bf16 weights, fp32 masters"):
+        try:
+            mean, low, high = above_fp32(study["rows"], mode)
+        except LookupError:
+            return OPEN
+        if low is None:
+            return OPEN
+        said.append(f"{mode} {100 * mean:+.1f} % [{100 * low:+.1f}, {100 * high:+.1f}]")
+        verdict[mode] = "yes" if low > HURT else "no" if high < HURT else "undecided"
+    seeds = len({row["seed"] for row in study["rows"]})
+    text = f"force error above that with FP32 weights, {seeds} seeds: {'; '.join(said)}"
+    return text, "; ".join(f"{mode}: {word}" for mode, word in verdict.items())
 
 
 def _crystals(study: Row | None) -> tuple[str, str]:

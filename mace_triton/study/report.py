@@ -7,7 +7,9 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-from .claims import verdicts
+import numpy as np
+
+from .claims import above_fp32, verdicts
 from .precision import BLOCKS, E3NN
 from .store import Row, load
 
@@ -17,6 +19,7 @@ HEADS = {
     "models": "The medium water model, three seeds",
     "precision": "Errors of policies, and times of their steps",
     "search": "The fastest policy within a budget",
+    "training": "The same training under several precisions",
 }
 
 Section = tuple[str, list[str], list[list[str]], str]
@@ -24,15 +27,17 @@ Section = tuple[str, list[str], list[list[str]], str]
 
 
 def write(folder: Path) -> list[Path]:
-    """Write FOLDER/README.md, report.html and pareto.svg. Raises ValueError where the folder holds no results."""
+    """Write FOLDER/README.md, report.html and their pictures. Raises ValueError where the folder holds no results."""
     studies = load(folder)
     if not studies:
         raise ValueError(f"studies: no results in {folder}; run `mace-triton study precision` first")
     parts = list(sections(studies))
-    pages = {"README.md": markdown(parts, studies)}
+    pages = {"README.md": markdown(parts)}
     if "precision" in studies:
         pages["pareto.svg"] = pareto(studies["precision"])
-    pages["report.html"] = page(parts, pages.get("pareto.svg", ""))
+    if "training" in studies:
+        pages["training.svg"] = curves(studies["training"])
+    pages["report.html"] = page(parts, [text for name, text in pages.items() if name.endswith(".svg")])
     for name, text in pages.items():
         (folder / name).write_text(text)
     return [folder / name for name in pages]
@@ -48,6 +53,8 @@ def sections(studies: dict[str, dict]) -> Iterator[Section]:
         yield _times(studies["precision"])
     if "search" in studies:
         yield _search(studies["search"])
+    if "training" in studies:
+        yield _training(studies["training"])
     lines = [[name, *(str(part) for part in _where(study["environment"]))] for name, study in studies.items()]
     yield "Where and how", ["study", "card", "revision", "date", "versions", "command"], lines, ""
 
@@ -117,25 +124,47 @@ def _search(study: Row) -> Section:
     return HEADS["search"], [*words, "ms", "energy rmse", "force rmse"], lines, said
 
 
-def markdown(parts: list[Section], studies: dict[str, dict]) -> str:
+def _training(study: Row) -> Section:
+    head = ["mode", "force rmse, meV/angstrom", "spread", "above fp32's, %", "energy rmse, meV/atom", "seeds"]
+    lines = []
+    for mode in dict.fromkeys(row["mode"] for row in study["rows"]):
+        rows = [row for row in study["rows"] if row["mode"] == mode]
+        done = [row for row in rows if row["status"] == "ok"]
+        if not done:
+            lines.append([mode, f"failed: {rows[0]['reason']}", "", "", "", "0"])
+            continue
+        force, energy = (np.array([row[key] for row in done]) for key in ("force_rmse", "energy_rmse"))
+        spread = f"{force.std(ddof=1):.2g}" if len(force) > 1 else ""
+        above = _with_ends([None if v is None else 100 * v for v in above_fp32(study["rows"], mode)])
+        lines.append([mode, f"{force.mean():.4g}", spread, above, f"{energy.mean():.3g}", str(len(done))])
+    shape = study["architecture"]["hidden_irreps"]
+    said = (
+        f"{study['steps']} steps of {study['batch']} frames, {shape}; {study['data']}. Errors of the last step in FP64."
+    )
+    return HEADS["training"], head, lines, said
+
+
+def markdown(parts: list[Section]) -> str:
     """The page for a reader of the repository."""
     lines = ["# Studies of precision", "", "<!-- Made by `mace-triton study report`. Do not edit. -->", ""]
     for title, head, rows, below in parts:
         lines += [f"## {title}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
         lines += ["", *([below, ""] if below else [])]
-    if "precision" in studies:
-        at = next(i for i, line in enumerate(lines) if line.startswith("## Steps of the engine"))
-        lines[at:at] = ["![error against time of a step](pareto.svg)", ""]
+    pictures = {"## Steps of the engine": ("pareto.svg", "error against time of a step")}
+    pictures[f"## {HEADS['training']}"] = ("training.svg", "learning curves")
+    for start, (name, alt) in pictures.items():
+        for at in [i for i, line in enumerate(lines) if line.startswith(start)]:
+            lines[at:at] = [f"![{alt}]({name})", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def page(parts: list[Section], picture: str) -> str:
+def page(parts: list[Section], pictures: list[str]) -> str:
     """The same as one HTML file."""
     style = "body{font:15px sans-serif;max-width:70em;margin:2em auto}td,th{padding:.2em .7em;text-align:left}"
     found = ["<!doctype html><meta charset=utf-8><title>Studies of precision</title>", f"<style>{style}</style>"]
     found.append("<h1>Studies of precision</h1>")
-    found.append(picture[picture.find("<svg") :])
+    found += [picture[picture.find("<svg") :] for picture in pictures]
     for title, head, rows, below in parts:
         cells = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
         top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
@@ -147,12 +176,7 @@ def page(parts: list[Section], picture: str) -> str:
 
 def pareto(study: Row) -> str:
     """An SVG: force error of the first sample against the time of a step of the largest box, each policy a point."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "mace_triton"  # the same figures give the same file
+    pyplot = _pyplot()
     first = study["rows"][0]
     error = {
         row["policy"]: row["force_rmse"]
@@ -171,6 +195,34 @@ def pareto(study: Row) -> str:
         axes.annotate(row["policy"], (row["ms"], value), textcoords="offset points", xytext=(5, 3), fontsize=8)
     axes.set(xlabel=f"step of {atoms} atoms, ms", ylabel="force error, meV/angstrom (rms)", yscale="log")
     axes.set_title(f"{first['model']}, {first['sample']}", fontsize=10)
+    return _svg(pyplot, figure)
+
+
+def curves(study: Row) -> str:
+    """An SVG: the force error on held-out frames as trainings go on, the mean over seeds of each mode."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for mode in dict.fromkeys(row["mode"] for row in study["rows"] if row["status"] == "ok"):
+        rows = [row["curve"] for row in study["rows"] if row["mode"] == mode and row["status"] == "ok"]
+        steps = [point["step"] for point in rows[0]]
+        force = np.array([[point["force_rmse"] for point in curve] for curve in rows])
+        axes.plot(steps, force.mean(0), marker=".", label=mode)
+    axes.set(xlabel="step", ylabel="force error on held-out frames, meV/angstrom (rms)", yscale="log")
+    axes.legend(fontsize=8)
+    return _svg(pyplot, figure)
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "mace_triton"  # the same figures give the same file
+    return pyplot
+
+
+def _svg(pyplot, figure) -> str:
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None}, bbox_inches="tight")
     pyplot.close(figure)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import stats
 
 FOLDER = Path("docs") / "studies"
 """Where results are kept in a checkout."""
@@ -89,6 +90,16 @@ def interval(
     drawn = np.random.default_rng(seed).integers(0, len(values), (DRAWS, len(values)))
     ends = np.quantile(of(values[drawn]), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(of(values)), float(ends[0]), float(ends[1])
+
+
+def mean_interval(values: np.ndarray) -> tuple[float, float | None, float | None]:
+    """(mean, lower and upper end of its 95 % interval) of a few independent values, by Student's t; see `interval`."""
+    values = np.asarray(values, dtype=float)
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, None, None
+    half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return mean, mean - float(half), mean + float(half)
 
 
 def root_mean_square(values: np.ndarray) -> np.ndarray:

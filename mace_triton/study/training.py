@@ -1,0 +1,292 @@
+"""`mace-triton study training`: the same toy training under several precisions of compute and of stored weights.
+
+Data: frames of dynamics under a shipped water model, with its energies and forces in FP64 as targets, so that every
+error is the student's. The step, the loss and the optimiser groups are MACE's own (`mace_triton.models.train_water`),
+without averaging of weights, which would hide how they are stored.
+
+Modes: FP64, FP32, TF32, BF16 and FP16 compute with FP32 weights; FP32 compute with weights that are stored in 16 bits,
+rounded to nearest, rounded at random so that the mean is right (Croci et al., R. Soc. Open Sci. 9, 211631), or kept in
+FP32 beside the 16-bit copy that is used (Micikevicius et al., arXiv 1710.03740); and plain MACE under torch.autocast,
+but for its symmetric contraction, which does not run under it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import mace  # noqa: F401  before e3nn, see mace_triton/__init__.py
+import numpy as np
+import torch
+from mace.data import AtomicData, Configuration
+from mace.modules import compute_avg_num_neighbors
+from mace.tools import AtomicNumberTable, set_seeds, torch_geometric
+from mace.tools.torch_tools import default_dtype
+from mace.tools.train import take_step
+from rich.console import Console
+from rich.progress import track
+
+from ..calculator import load
+from ..convert import accelerate, restore
+from ..models import build_model, train_water
+from ..precision import PRESETS
+from . import structures
+from .precision import by_engine
+from .store import Row, save
+
+SIXTEEN = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How one training computes and stores its weights.
+
+    compute: a preset, or "autocast", which is plain MACE. weights: "fp32", or "bf16", "fp16"; stochastic: how they are
+    rounded; masters: whether FP32 ones are kept beside them.
+    """
+
+    name: str
+    compute: str = "fp32"
+    weights: str = "fp32"
+    stochastic: bool = False
+    masters: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of parameters and graphs."""
+        return torch.float64 if self.compute == "fp64" else torch.float32
+
+
+MODES = (
+    *(Mode(name, compute=name) for name in PRESETS),
+    *(Mode(f"{word} weights", weights=word) for word in SIXTEEN),
+    Mode("bf16 weights, stochastic rounding", weights="bf16", stochastic=True),
+    Mode("bf16 weights, fp32 masters", weights="bf16", masters=True),
+    Mode("autocast bf16", compute="autocast"),
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a study is: steps of each training, frames, and the architecture's differences from the small model."""
+
+    steps: int = 2000
+    batch: int = 4
+    train: int = 160
+    held: int = 40
+    every: int = 200
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    side: int = 4
+    shape: tuple[tuple[str, object], ...] = (
+        ("hidden_irreps", "32x0e + 32x1o"),
+        ("max_ell", 2),
+        ("radial_MLP", [32, 32]),
+    )
+
+
+QUICK = Size(12, 2, 4, 2, 6, (1, 2), 2, tuple(train_water.QUICK.items()))
+
+
+def nearest(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounded to nearest, even on a tie."""
+    return values.to(dtype).to(values.dtype)
+
+
+def at_random(values: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """FP32 values rounded to one of the two neighbours in BF16, each with the chance that makes the mean right."""
+    if dtype != torch.bfloat16 or values.dtype != torch.float32:
+        raise TypeError(f"stochastic rounding is of float32 to bfloat16, got {values.dtype} to {dtype}")
+    bits = values.contiguous().view(torch.int32)
+    noise = torch.randint(0, 1 << 16, bits.shape, generator=generator, device=bits.device, dtype=torch.int32)
+    return ((bits + noise) & -65536).view(torch.float32)  # adding to the magnitude carries into the bits that stay
+
+
+class Storage:
+    """Keeps a model's parameters as a mode stores them, from one step of the optimiser to the next."""
+
+    def __init__(self, mode: Mode, model: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int):
+        self.mode, self.parameters = mode, [p for p in model.parameters() if p.requires_grad]
+        self.generator = torch.Generator(self.parameters[0].device).manual_seed(seed)
+        self.masters: list[torch.Tensor] | None = None
+        if mode.weights != "fp32":
+            optimizer.register_step_pre_hook(lambda *_: self.before())
+            optimizer.register_step_post_hook(lambda *_: self.after())
+            self.after()
+
+    @torch.no_grad()
+    def before(self) -> None:
+        """The optimiser moves the masters, where there are any."""
+        for p, master in zip(self.parameters, self.masters or self.parameters, strict=True):
+            p.copy_(master)
+
+    @torch.no_grad()
+    def after(self) -> None:
+        dtype = SIXTEEN[self.mode.weights]
+        if self.mode.masters:
+            self.masters = [p.clone() for p in self.parameters]
+        for p in self.parameters:
+            p.copy_(at_random(p, dtype, self.generator) if self.mode.stochastic else nearest(p, dtype))
+
+
+class Autocast(torch.nn.Module):
+    """Plain MACE under torch.autocast, its symmetric contractions in FP32; so are the results."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+        self.interactions, self.products = model.interactions, model.products  # the optimiser's groups look for these
+        self.node_embedding, self.readouts = model.node_embedding, model.readouts
+        for product in model.products:
+            contraction = product.symmetric_contractions
+            contraction.forward = partial(_in_fp32, contraction.forward)
+
+    def forward(self, data: dict, **options) -> dict:
+        with torch.autocast(next(self.model.parameters()).device.type, torch.bfloat16):
+            found = self.model(data, **options)
+        return {key: value.float() if torch.is_tensor(value) else value for key, value in found.items()}
+
+
+def _in_fp32(forward: Callable, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return forward(x.float(), y.float())
+
+
+@dataclass(frozen=True)
+class Data:
+    """Frames [F, N, 3] with energies [F] (eV) and forces [F, N, 3] (eV/angstrom) in FP64, training ones first."""
+
+    numbers: np.ndarray
+    cell: np.ndarray
+    positions: np.ndarray
+    energy: np.ndarray
+    forces: np.ndarray
+    train: int
+    source: str
+
+    def graphs(self, architecture: dict, dtype: torch.dtype) -> list[AtomicData]:
+        """MACE's graphs in `dtype`."""
+        table, found = AtomicNumberTable(architecture["atomic_numbers"]), []
+        with default_dtype(dtype):
+            for x, energy, forces in zip(self.positions, self.energy, self.forces, strict=True):
+                config = Configuration(
+                    atomic_numbers=self.numbers,
+                    positions=x,
+                    properties={"energy": energy, "forces": forces},
+                    property_weights={"energy": 1.0, "forces": 1.0},
+                    cell=self.cell,
+                    pbc=(True, True, True),
+                )
+                found.append(AtomicData.from_config(config, z_table=table, cutoff=architecture["r_max"]))
+        return found
+
+
+def taught(model: str, size: Size, device: str, quick: bool) -> Data:
+    """Frames of a run of a shipped model, labelled by it in FP64."""
+    every, start = (2, 4) if quick else (40, 2000)
+    sample = structures.of_a_run(model, device, size.side, size.train + size.held, every, start)
+    teacher = accelerate(load(model, device, torch.float64)[0].double(), "fp64")
+    values, _ = by_engine(teacher, sample.frames)
+    order = np.random.default_rng(0).permutation(len(sample.frames))
+    atoms = sample.frames[0]
+    energy = values.energy * len(atoms)
+    return Data(
+        atoms.numbers,
+        atoms.cell.array,
+        np.stack([sample.frames[i].positions for i in order]),
+        (energy - energy[order[: size.train]].mean())[order],
+        values.forces[order],
+        size.train,
+        f"{sample.source}, labelled by {model} in FP64; {size.train} to train on",
+    )
+
+
+def architecture_of(data: Data, size: Size) -> dict:
+    """The small water model's, smaller, with the numbers that come from the data."""
+    found = train_water.ARCHITECTURE | dict(size.shape) | {"atomic_energies": [0.0, 0.0], "atomic_inter_shift": 0.0}
+    found["atomic_inter_scale"] = float(np.sqrt(np.mean(data.forces[: data.train] ** 2)))
+    batches = _loader(data.graphs(found, torch.float64)[:8], 4)
+    return found | {"avg_num_neighbors": compute_avg_num_neighbors(batches)}
+
+
+def _loader(graphs: list[AtomicData], batch: int, shuffle: bool = False):
+    return torch_geometric.dataloader.DataLoader(graphs, batch_size=batch, shuffle=shuffle, drop_last=shuffle)
+
+
+def train(mode: Mode, seed: int, data: Data, architecture: dict, size: Size, device: torch.device) -> Row:
+    """One training: its learning curve, and errors on the held-out frames in FP64, of the weights as they are stored.
+
+    Errors are root mean squares, in meV/atom and meV/angstrom.
+    """
+    set_seeds(seed)
+    graphs = data.graphs(architecture, mode.dtype)
+    held = data.graphs(architecture, torch.float64)[data.train :]
+    plain = build_model(architecture, mode.dtype).to(device)
+    model = Autocast(plain) if mode.compute == "autocast" else accelerate(plain, mode.compute)
+    settings = train_water.Settings()
+    with default_dtype(mode.dtype):
+        optimizer = train_water.make_optimizer(model, settings)
+        storage = Storage(mode, model, optimizer, seed)
+        loss = train_water.make_loss(settings.weights_stage_one).to(device)
+        curve, began = [], time.perf_counter()
+        batches = _forever(_loader(graphs[: data.train], size.batch, shuffle=True))
+        for step, batch in zip(range(1, size.steps + 1), batches, strict=False):
+            lr = train_water.learning_rate(step / size.steps, settings)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            take_step(model, loss, batch, optimizer, None, train_water.TARGETS, settings.clip_grad, device)
+            if step % size.every == 0:
+                curve.append({"step": step, **errors_of(_plain(model, architecture), held, device)})
+    seconds = time.perf_counter() - began
+    return {"mode": mode.name, "seed": seed, "status": "ok", "curve": curve, **curve[-1], "seconds": seconds} | {
+        "weights": storage.mode.weights
+    }
+
+
+def _forever(batches) -> Iterator:
+    while True:
+        yield from batches
+
+
+def _plain(model: torch.nn.Module, architecture: dict) -> torch.nn.Module:
+    """MACE on e3nn with the weights that a training has come to."""
+    if not isinstance(model, Autocast):
+        return restore(model)
+    found = build_model(architecture).to(next(model.parameters()).device)
+    found.load_state_dict(model.model.state_dict())
+    return found
+
+
+def errors_of(plain: torch.nn.Module, held: list[AtomicData], device: torch.device) -> Row:
+    """Root-mean-square errors of a model's weights in FP64: energy in meV/atom, forces in meV/angstrom."""
+    exact, energy, forces = accelerate(plain, "fp64"), [], []
+    for batch in _loader(held, 8):
+        batch = batch.to(device)
+        found = exact(batch.to_dict())
+        count = batch.ptr[1:] - batch.ptr[:-1]
+        energy.append((found["energy"].detach() - batch.energy) / count)
+        forces.append((found["forces"].detach() - batch.forces).ravel())
+    means = (torch.cat(parts).square().mean().sqrt().item() for parts in (energy, forces))
+    return dict(zip(("energy_rmse", "force_rmse"), (1e3 * mean for mean in means), strict=True))
+
+
+def run(model: str, folder: Path, device: str, quick: bool, console: Console) -> Path:
+    """The study; see the head of this file. Returns where its results are."""
+    size, where = QUICK if quick else Size(), torch.device(device)
+    data = taught(model, size, device, quick)
+    architecture = architecture_of(data, size)
+    rows: list[Row] = []
+    todo = [(mode, seed) for seed in size.seeds for mode in MODES]
+    for mode, seed in track(todo, description="trainings", console=console):
+        try:
+            row = train(mode, seed, data, architecture, size, where)
+        except (RuntimeError, TypeError) as error:  # autocast reaches code that was not written for it
+            row = {"mode": mode.name, "seed": seed, "status": "failed", "reason": str(error).splitlines()[0][:200]}
+        rows.append(row)
+        told = f"{row['force_rmse']:.2f} meV/angstrom" if row["status"] == "ok" else row["reason"]
+        console.print(f"{mode.name}, seed {seed}: {told}", highlight=False, soft_wrap=True)
+        about = {"data": data.source, "architecture": architecture, "steps": size.steps, "batch": size.batch}
+        path = save("training", folder, where, quick=quick, **about, rows=rows)
+    return path
