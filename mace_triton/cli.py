@@ -298,7 +298,7 @@ def bench(ctx: typer.Context) -> None:
 
 @app.command(context_settings=PASS_ON, add_help_option=False)
 def study(ctx: typer.Context) -> None:
-    """Studies of precision: errors, a search for the fastest policy, a report."""
+    """Studies of precision: errors, dynamics, training, a search for the fastest policy, a report."""
     hand_over("mace_triton.study.app", "mace-triton study", ctx.args)
 
 

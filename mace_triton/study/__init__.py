@@ -1,1 +1,1 @@
-"""Studies of precision, one command each: `mace-triton study precision | search | report`."""
+"""Studies of precision, one command each: `mace-triton study precision | md | training | search | report`."""

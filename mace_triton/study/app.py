@@ -43,6 +43,38 @@ def precision(
 
 
 @app.command()
+def md(
+    model: Annotated[str, typer.Option(help="'water', 'water-medium' (shipped), a .model file of water.")] = "water",
+    policies: Annotated[
+        str, typer.Option(help="Names or files, by commas; fp64 among them.")
+    ] = "fp64,fp32,tf32,bf16,fp16",
+    ensembles: Annotated[str, typer.Option(help="Of nve, nvt, npt, by commas.")] = "nve,nvt,npt",
+    replicas: Annotated[int, typer.Option(help="Of each policy and ensemble.")] = 5,
+    steps: Annotated[int, typer.Option(help="Of each run, 0.5 fs each.")] = 40000,
+    side: Annotated[int, typer.Option(help="Water molecules along an edge: 4 is 192 atoms.")] = 4,
+    workers: Annotated[int, typer.Option(help="Runs at a time; they share the GPUs.")] = 8,
+    runs: Annotated[Path, typer.Option(help="Folder of trajectories; a study that was cut off goes on there.")] = Path(
+        "study-runs"
+    ),
+    out: Out = FOLDER,
+    device: Device = None,
+    quick: Quick = False,
+) -> None:
+    """NVE, NVT and NPT of water under several policies, several replicas each, compared with FP64."""
+    with one_line_errors():
+        from ..calculator import check_device
+        from .dynamics import Plan, run
+
+        if quick:
+            policies, ensembles, replicas, steps, side, workers = "fp64,bf16", "nve,nvt", 2, 160, 2, 1
+        if workers < 1:
+            raise ValueError(f"--workers must be at least 1, got {workers}")
+        plan = Plan(model, tuple(policies.split(",")), tuple(ensembles.split(",")), replicas, steps, side)
+        path = run(plan, runs, out, check_device(device), workers, quick, console)
+    console.print(f"results: {path}; `mace-triton study report` turns them into a page", highlight=False)
+
+
+@app.command()
 def training(
     model: Annotated[str, typer.Option(help="Teacher: 'water' or 'water-medium' (shipped).")] = "water-medium",
     out: Out = FOLDER,

@@ -26,7 +26,7 @@ def verdicts(studies: dict[str, dict]) -> Iterator[Line]:
     """(claim, what was measured, verdict)."""
     yield ("cuEquivariance is 3 times faster than e3nn", *OPEN)
     yield ("BF16 or FP16 linears make a step 4 times faster still", *_faster(studies.get("precision")))
-    yield ("observables of MD stay within run-to-run variability under low precision", *OPEN)
+    yield ("observables of MD stay within run-to-run variability under low precision", *_dynamics(studies.get("md")))
     yield ("weights stored in half precision hurt training", *_weights(studies.get("training")))
     yield ("low precision leaves forces in a perfect crystal", *_crystals(studies.get("precision")))
 
@@ -75,6 +75,23 @@ def _weights(study: Row | None) -> tuple[str, str]:
     seeds = len({row["seed"] for row in study["rows"]})
     text = f"force error above that with FP32 weights, {seeds} seeds: {'; '.join(said)}"
     return text, "; ".join(f"{mode}: {word}" for mode, word in verdict.items())
+
+
+def _dynamics(study: Row | None) -> tuple[str, str]:
+    """Equivalence with FP64 within the margins, and differences that the replicas show."""
+    if study is None or not study["comparisons"] or study["comparisons"][0]["p"] is None:
+        return OPEN
+    said, verdict = [], []
+    for policy in dict.fromkeys(row["policy"] for row in study["comparisons"] if row["policy"] not in ("fp64", "fp32")):
+        rows = [row for row in study["comparisons"] if row["policy"] == policy]
+        equal = [row for row in rows if row["verdict"] == "equivalent"]
+        apart = [f"{row['observable']} ({row['ensemble']})" for row in rows if row["verdict"] == "different"]
+        said.append(f"{policy} equivalent to FP64 in {len(equal)} of {len(rows)}")
+        shown = (
+            f"different in {', '.join(apart)}" if apart else "no" if len(equal) == len(rows) else "undecided in some"
+        )
+        verdict.append(f"{policy}: " + ("confirmed" if shown == "no" else shown))
+    return "; ".join(said), "; ".join(verdict)
 
 
 def _crystals(study: Row | None) -> tuple[str, str]:

@@ -20,6 +20,7 @@ HEADS = {
     "precision": "Errors of policies, and times of their steps",
     "search": "The fastest policy within a budget",
     "training": "The same training under several precisions",
+    "md": "Dynamics of water",
 }
 
 Section = tuple[str, list[str], list[list[str]], str]
@@ -37,6 +38,8 @@ def write(folder: Path) -> list[Path]:
         pages["pareto.svg"] = pareto(studies["precision"])
     if "training" in studies:
         pages["training.svg"] = curves(studies["training"])
+    if "md" in studies:
+        pages["md.svg"] = distributions(studies["md"])
     pages["report.html"] = page(parts, [text for name, text in pages.items() if name.endswith(".svg")])
     for name, text in pages.items():
         (folder / name).write_text(text)
@@ -55,6 +58,8 @@ def sections(studies: dict[str, dict]) -> Iterator[Section]:
         yield _search(studies["search"])
     if "training" in studies:
         yield _training(studies["training"])
+    if "md" in studies:
+        yield from _dynamics(studies["md"])
     lines = [[name, *(str(part) for part in _where(study["environment"]))] for name, study in studies.items()]
     yield "Where and how", ["study", "card", "revision", "date", "versions", "command"], lines, ""
 
@@ -92,9 +97,9 @@ def _line(row: Row) -> list[str]:
     return [row["policy"], energy, _with_ends(row["force_rmse"]), f"{row['force_max']:.2g}", f"{cosine:.0e}", stress]
 
 
-def _with_ends(found: list) -> str:
-    value, low, high = found
-    return f"{value:.2g}" if low is None else f"{value:.2g} [{low:.2g}, {high:.2g}]"
+def _with_ends(found: list, digits: int = 2) -> str:
+    value, *ends = (None if number is None else f"{number:.{digits}g}" for number in found)
+    return value if ends[0] is None else f"{value} [{ends[0]}, {ends[1]}]"
 
 
 def _times(study: Row) -> Section:
@@ -144,6 +149,24 @@ def _training(study: Row) -> Section:
     return HEADS["training"], head, lines, said
 
 
+def _dynamics(study: Row) -> Iterator[Section]:
+    """A table for each ensemble."""
+    for ensemble in dict.fromkeys(row["ensemble"] for row in study["comparisons"]):
+        lines = []
+        for row in (row for row in study["comparisons"] if row["ensemble"] == ensemble):
+            name = f"{row['observable']}, {row['unit']}" if row["unit"] else row["observable"]
+            cells = [name, row["policy"], _with_ends(row["mean"], 4)]
+            if row["policy"] != "fp64":
+                p = "" if row["p"] is None else f"{row['p']:.1g}"
+                cells += [_with_ends(row["difference"]), f"{row['margin']:g}", p, row["verdict"]]
+            lines.append([*cells, *[""] * (7 - len(cells))])
+        head = ["observable", "policy", "mean", "less FP64's", "margin", "p of TOST", "verdict"]
+        replicas = max(row["replicas"] for row in study["comparisons"])
+        runs = f"{replicas} replicas of {study['steps']} steps of 0.5 fs"
+        said = f"{study['model']}, {study['atoms']} atoms, {runs}. 95 % intervals."
+        yield f"{HEADS['md']}: {ensemble.upper()}", head, lines, said
+
+
 def markdown(parts: list[Section]) -> str:
     """The page for a reader of the repository."""
     lines = ["# Studies of precision", "", "<!-- Made by `mace-triton study report`. Do not edit. -->", ""]
@@ -153,6 +176,7 @@ def markdown(parts: list[Section]) -> str:
         lines += ["", *([below, ""] if below else [])]
     pictures = {"## Steps of the engine": ("pareto.svg", "error against time of a step")}
     pictures[f"## {HEADS['training']}"] = ("training.svg", "learning curves")
+    pictures[f"## {HEADS['md']}: NVT"] = ("md.svg", "radial distribution functions")
     for start, (name, alt) in pictures.items():
         for at in [i for i, line in enumerate(lines) if line.startswith(start)]:
             lines[at:at] = [f"![{alt}]({name})", ""]
@@ -209,6 +233,20 @@ def curves(study: Row) -> str:
         axes.plot(steps, force.mean(0), marker=".", label=mode)
     axes.set(xlabel="step", ylabel="force error on held-out frames, meV/angstrom (rms)", yscale="log")
     axes.legend(fontsize=8)
+    return _svg(pyplot, figure)
+
+
+def distributions(study: Row) -> str:
+    """An SVG: radial distribution functions of NVT, the mean over replicas of each policy."""
+    pyplot = _pyplot()
+    figure, both = pyplot.subplots(1, 2, figsize=(10, 4))
+    for axes, pair in zip(both, ("O-O", "O-H"), strict=True):
+        rows = [row for row in study["rows"] if row["ensemble"] == "nvt"]
+        for policy in dict.fromkeys(row["policy"] for row in rows):
+            found = np.array([row["curves"][pair] for row in rows if row["policy"] == policy])
+            axes.plot(study["bins"], found.mean(0), label=policy, linewidth=1)
+        axes.set(xlabel="r, angstrom", ylabel=f"g(r), {pair}", ylim=(0, 4))
+        axes.legend(fontsize=8)
     return _svg(pyplot, figure)
 
 
