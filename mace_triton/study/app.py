@@ -20,6 +20,14 @@ Data = Annotated[Path | None, typer.Option(help="The training data (npz): adds i
 Quick = Annotated[bool, typer.Option("--quick", help="Toy sizes, for a CPU: minutes, and no results to keep.")]
 
 
+def check_water(model: str) -> None:
+    """Raise ValueError for a model that does not ship: of these it is known what they were trained on."""
+    from ..models import SHIPPED
+
+    if model not in SHIPPED:
+        raise ValueError(f"--model: this study is of water: one of {', '.join(SHIPPED)}, got {model!r}")
+
+
 @app.command()
 def precision(
     model: Annotated[str, typer.Option(help="'water' or 'water-medium' (shipped).")] = "water-medium",
@@ -31,11 +39,9 @@ def precision(
     """Errors of every policy against FP64, and the time of its step."""
     with one_line_errors():
         from ..calculator import check_device
-        from ..models import SHIPPED
         from .precision import run
 
-        if model not in SHIPPED:
-            raise ValueError(f"--model: this study is of water: one of {', '.join(SHIPPED)}, got {model!r}")
+        check_water(model)
         if data is not None and not data.is_file():
             raise ValueError(f"--data: no such file: {data}")
         path = run(model, data, out, check_device(device), quick, console)
@@ -84,11 +90,9 @@ def training(
     """The same toy training under several precisions of compute and of stored weights, several seeds each."""
     with one_line_errors():
         from ..calculator import check_device
-        from ..models import SHIPPED
         from .training import run
 
-        if model not in SHIPPED:
-            raise ValueError(f"--model: this study is of water: one of {', '.join(SHIPPED)}, got {model!r}")
+        check_water(model)
         path = run(model, out, check_device(device), quick, console)
     console.print(f"results: {path}; `mace-triton study report` turns them into a page", highlight=False)
 

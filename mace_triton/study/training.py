@@ -21,9 +21,9 @@ from pathlib import Path
 import mace  # noqa: F401  before e3nn, see mace_triton/__init__.py
 import numpy as np
 import torch
-from mace.data import AtomicData, Configuration
+from mace.data import AtomicData
 from mace.modules import compute_avg_num_neighbors
-from mace.tools import AtomicNumberTable, set_seeds, torch_geometric
+from mace.tools import set_seeds
 from mace.tools.torch_tools import default_dtype
 from mace.tools.train import take_step
 from rich.console import Console
@@ -168,19 +168,11 @@ class Data:
 
     def graphs(self, architecture: dict, dtype: torch.dtype) -> list[AtomicData]:
         """MACE's graphs in `dtype`."""
-        table, found = AtomicNumberTable(architecture["atomic_numbers"]), []
+        frames = len(self.positions)
+        raw = {"numbers": self.numbers, "cell": np.tile(self.cell, (frames, 1, 1)), "positions": self.positions}
+        raw |= {"energy": self.energy, "forces": self.forces}
         with default_dtype(dtype):
-            for x, energy, forces in zip(self.positions, self.energy, self.forces, strict=True):
-                config = Configuration(
-                    atomic_numbers=self.numbers,
-                    positions=x,
-                    properties={"energy": energy, "forces": forces},
-                    property_weights={"energy": 1.0, "forces": 1.0},
-                    cell=self.cell,
-                    pbc=(True, True, True),
-                )
-                found.append(AtomicData.from_config(config, z_table=table, cutoff=architecture["r_max"]))
-        return found
+            return train_water.make_graphs(raw, np.arange(frames), 0.0, architecture)
 
 
 def taught(model: str, size: Size, device: str, quick: bool) -> Data:
@@ -207,12 +199,8 @@ def architecture_of(data: Data, size: Size) -> dict:
     """The small water model's, smaller, with the numbers that come from the data."""
     found = train_water.ARCHITECTURE | dict(size.shape) | {"atomic_energies": [0.0, 0.0], "atomic_inter_shift": 0.0}
     found["atomic_inter_scale"] = float(np.sqrt(np.mean(data.forces[: data.train] ** 2)))
-    batches = _loader(data.graphs(found, torch.float64)[:8], 4)
+    batches = train_water.loader(data.graphs(found, torch.float64)[:8], 4, shuffle=False)
     return found | {"avg_num_neighbors": compute_avg_num_neighbors(batches)}
-
-
-def _loader(graphs: list[AtomicData], batch: int, shuffle: bool = False):
-    return torch_geometric.dataloader.DataLoader(graphs, batch_size=batch, shuffle=shuffle, drop_last=shuffle)
 
 
 def train(mode: Mode, seed: int, data: Data, architecture: dict, size: Size, device: torch.device) -> Row:
@@ -231,7 +219,7 @@ def train(mode: Mode, seed: int, data: Data, architecture: dict, size: Size, dev
         storage = Storage(mode, model, optimizer, seed)
         loss = train_water.make_loss(settings.weights_stage_one).to(device)
         curve, began = [], time.perf_counter()
-        batches = _forever(_loader(graphs[: data.train], size.batch, shuffle=True))
+        batches = _forever(train_water.loader(graphs[: data.train], size.batch, shuffle=True))
         for step, batch in zip(range(1, size.steps + 1), batches, strict=False):
             lr = train_water.learning_rate(step / size.steps, settings)
             for group in optimizer.param_groups:
@@ -262,7 +250,7 @@ def _plain(model: torch.nn.Module, architecture: dict) -> torch.nn.Module:
 def errors_of(plain: torch.nn.Module, held: list[AtomicData], device: torch.device) -> Row:
     """Root-mean-square errors of a model's weights in FP64: energy in meV/atom, forces in meV/angstrom."""
     exact, energy, forces = accelerate(plain, "fp64"), [], []
-    for batch in _loader(held, 8):
+    for batch in train_water.loader(held, 8, shuffle=False):
         batch = batch.to(device)
         found = exact(batch.to_dict())
         count = batch.ptr[1:] - batch.ptr[:-1]
