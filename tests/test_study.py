@@ -134,11 +134,13 @@ def test_every_block_has_a_policy():
         assert words == {"name", block}
 
 
-FEW = [PRESETS["fp64"], PRESETS["fp32"], PRESETS["bf16"], replace(PRESETS["fp32"], name="readout bf16", readout="bf16")]
+FEW = [PRESETS["fp32"], PRESETS["bf16"], replace(PRESETS["fp32"], name="readout bf16", readout="bf16")]
 
 
 def test_a_small_study_and_its_report(tmp_path, monkeypatch, reference_path):
     monkeypatch.setattr(precision, "policies", lambda quick: FEW)
+    some = structures.crystals(1)[:1]
+    monkeypatch.setattr(structures, "crystals", lambda copies: some)
     done = study("precision", "--model", "water", "--quick", "--device", "cpu", "--out", tmp_path)
     assert done.exit_code == 0, done.output
     check_errors(store.load(tmp_path)["precision"])
@@ -147,14 +149,13 @@ def test_a_small_study_and_its_report(tmp_path, monkeypatch, reference_path):
 
 def check_errors(found: dict) -> None:
     water = {row["policy"]: row for row in found["rows"] if row["sample"] == "displaced water"}
-    assert list(water) == ["fp64", "fp32", "bf16", "readout bf16", precision.E3NN]
-    assert water["fp64"]["force_rmse"][0] == 0
+    assert list(water) == ["fp32", "bf16", "readout bf16", precision.E3NN]
     for name, least, most in (("fp32", 1e-5, 0.1), ("bf16", 0.1, 20), (precision.E3NN, 1e-5, 0.1)):
         assert least < water[name]["force_rmse"][0] < most
         assert water[name]["force_rmse"][1] <= water[name]["force_rmse"][0] <= water[name]["force_rmse"][2]
     assert water["bf16"]["words"]["linear"] == "bf16"
     still = [row for row in found["rows"] if row["still"]]
-    assert len(still) == 3 * 5
+    assert len(still) == 4
     assert all(row["largest_force"] < claims.STILL for row in still)
     assert {row["model"] for row in found["rows"]} == {"water", "small, random weights"}
     times = {row["policy"]: row for row in found["times"]}
@@ -346,6 +347,7 @@ def test_weights_are_stored_as_the_mode_says(mode):
 
 def test_a_small_training_study(tmp_path, monkeypatch, reference_path):
     names = ("fp32", "bf16 weights", "autocast bf16")
+    monkeypatch.setattr(training, "QUICK", replace(training.QUICK, steps=4, every=4, train=2))
     monkeypatch.setattr(training, "MODES", tuple(mode for mode in training.MODES if mode.name in names))
     right = training.train
 
@@ -363,7 +365,7 @@ def test_a_small_training_study(tmp_path, monkeypatch, reference_path):
     assert rows["autocast bf16", 2]["reason"] == "no kernel for this"
     for seed in (1, 2):
         single, stored = (rows[name, seed]["force_rmse"] for name in names[:2])
-        assert [point["step"] for point in rows["fp32", seed]["curve"]] == [6, 12]
+        assert [point["step"] for point in rows["fp32", seed]["curve"]] == [4]
         assert rows["fp32", seed]["curve"][-1]["force_rmse"] == single
         assert single != stored
     report.write(tmp_path)

@@ -102,7 +102,8 @@ SPECIES = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", SPECIES)
 def test_kernels_match_fp64(name, dtype, device):
-    problem, (species, count) = problem_with(40), SPECIES[name]
+    species, count = SPECIES[name]
+    problem = problem_with(12 if len(species) > 40 else 40)  # the interpreter takes a term and a node at a time
     data = operands(problem, species, count, dtype, device)
     graph = plan(species, count, device)
     exact = {key: tensor.double() for key, tensor in data.items()}
@@ -135,7 +136,7 @@ def lengths(problem, species: list[int]) -> tuple[int, ...]:
     return entries, entries, entries * nodes, 3 * entries, 3 * entries, 3 * entries * nodes
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     channels=st.sampled_from([1, 3, 17, 32, 40]),
     dim_in=st.integers(1, 5),
