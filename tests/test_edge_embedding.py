@@ -110,12 +110,14 @@ def test_harmonics_of_any_size(n, lmax, dtype):
     check_harmonics_match(n, lmax, dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def radial_bound(exact: torch.Tensor, dtype: torch.dtype, width: int) -> float:
-    """Rounding of angles up to width pi, relative to the largest entry, with a margin for the sums behind it."""
-    return 8 * torch.finfo(dtype).eps * width * math.pi * float(exact.abs().amax().clamp_min(1e-3))
+def radial_bound(usual: torch.Tensor, dtype: torch.dtype, width: int) -> float:
+    """Rounding of angles up to width pi, relative to the largest of many entries: a few may all be small by chance, as
+    sums whose terms cancel, with a margin for the sums behind it."""
+    return 8 * torch.finfo(dtype).eps * width * math.pi * float(usual.abs().amax().clamp_min(1e-3))
 
 
 def check_radial_matches(module: blocks.RadialEmbeddingBlock, n: int, dtype: torch.dtype, device: torch.device) -> None:
+    torch.manual_seed(n)  # hypothesis wants the same numbers when it tries again
     module = copy.deepcopy(module).to(device)
     lengths, attrs, index, numbers = edges(n, device)
     ours, before = EdgeRadial(module).to(dtype), dispatch.calls.copy()
@@ -123,10 +125,12 @@ def check_radial_matches(module: blocks.RadialEmbeddingBlock, n: int, dtype: tor
     assert ran(before) == {"edge_radial_fwd", "edge_radial_bwd", "edge_radial_bwd_bwd"}
     exact = copy.deepcopy(module).to(dtype).double()  # the same rounded buffers
     want = derivatives(lambda r: exact(r, attrs, index, numbers), lengths.to(dtype).double())
-    for mine, theirs in zip(got, want, strict=True):
+    many, *rest = edges(90, device)
+    usual = derivatives(lambda r: exact(r, *rest), many.to(dtype).double())
+    for mine, theirs, scale in zip(got, want, usual, strict=True):
         assert (mine.shape, mine.dtype) == (theirs.shape, dtype)
         error = (mine.double() - theirs).abs().amax()
-        assert float(error) <= radial_bound(theirs, dtype, mine.shape[1] if mine.shape[1] > 1 else 8)
+        assert float(error) <= radial_bound(scale, dtype, mine.shape[1] if mine.shape[1] > 1 else 8)
 
 
 @pytest.mark.torchscript
