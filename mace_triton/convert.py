@@ -69,9 +69,8 @@ BLOCKS: dict[type, Inner] = {
     blocks.RealAgnosticResidualNonLinearInteractionBlock: Inner("linear_1", ("linear_res",), "linear_2"),
 }
 
-# Embeddings and readouts cost nothing beside the rest and their rounding goes straight into the energy (or into every
-# edge weight, or into charges that act at any distance), so a low-precision policy leaves them as exact as its
-# parameters (the readouts unless it says otherwise).
+# Embeddings and readouts cost nothing beside the rest and their rounding goes straight into the energy (or every edge
+# weight, or charges that act at any distance): as exact as the parameters, the readouts unless a policy says otherwise.
 EXACT = (
     "node_embedding",
     "readouts",
@@ -417,10 +416,8 @@ def _replacement(
         return RadialNet(module, mode, storage=policy.dtype)  # a density divides: no low precision
     if isinstance(module, RadialMLP):
         return NormNet(module, mode, policy.radial if name.endswith(".conv_tp_weights") else None)
-    if name.startswith("readouts."):
-        mode = policy.readout
-    inner = BLOCKS.get(type(parent))
-    gathered = name in layouts and name.endswith(".linear_up") and inner is not None and not inner.beside
+    mode = policy.readout if name.startswith("readouts.") else mode
+    gathered = name in layouts and name.endswith(".linear_up") and not BLOCKS[type(parent)].beside
     return IrrepsLinear(module, mode, layout_in, layout_out, policy.features if gathered else policy.dtype)
 
 

@@ -15,10 +15,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -150,7 +149,7 @@ def simulate(plan: Plan, folder: Path, device: str, workers: int, console: Conso
             ase.io.write(start, water_box(plan.side, seed=seed))
     todo = [unit for unit in units_of(plan) if done(unit, plan, folder) < plan.steps]
     columns = (TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    total, every = plan.steps * len(units_of(plan)), threading.Event()
+    total = plan.steps * len(units_of(plan))
     with Progress(*columns, console=console) as bar, ThreadPoolExecutor(workers) as pool:
         task = bar.add_task("steps", total=total)
         jobs = {
@@ -159,7 +158,7 @@ def simulate(plan: Plan, folder: Path, device: str, workers: int, console: Conso
         }
         while not all(job.done() for job in jobs.values()):
             bar.update(task, completed=sum(done(unit, plan, folder) for unit in units_of(plan)))
-            every.wait(2)
+            wait(jobs.values(), timeout=2)
         bar.update(task, completed=sum(done(unit, plan, folder) for unit in units_of(plan)))
     return {unit: job.result() for unit, job in jobs.items() if job.result()}
 
@@ -262,7 +261,8 @@ def diffusion(frames: list[ase.Atoms], picoseconds: float) -> float:
 def compared(values: np.ndarray, exact: np.ndarray, margin: float) -> Row:
     """A policy's replicas beside FP64's: mean and interval, difference and interval, TOST's p, verdict."""
     values, exact = np.asarray(values, dtype=float), np.asarray(exact, dtype=float)
-    row: Row = {"mean": mean_interval(values), "difference": (float(values.mean() - exact.mean()), None, None)}
+    difference = float(values.mean() - exact.mean())
+    row: Row = {"mean": mean_interval(values), "difference": (difference, None, None)}
     if min(len(values), len(exact)) < 2:
         return row | {"p": None, "verdict": "too few replicas"}
     spread = [v.var(ddof=1) / len(v) for v in (values, exact)]
@@ -271,7 +271,6 @@ def compared(values: np.ndarray, exact: np.ndarray, margin: float) -> Row:
         sum(s**2 / (len(v) - 1) for s, v in zip(spread, (values, exact), strict=True)), np.finfo(float).tiny
     )
     freedom = max(freedom, 1.0)
-    difference = float(values.mean() - exact.mean())
     half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
     p = max(stats.t.sf((margin + side * difference) / error, freedom) for side in (1, -1))
     row["difference"] = (difference, difference - half, difference + half)

@@ -45,7 +45,7 @@ def policies(quick: bool = False) -> list[Precision]:
     found = list(PRESETS.values())
     for word in ("bf16",) if quick else ("bf16", "fp16"):
         found += [replace(PRESETS["fp32"], name=f"{block} {word}", **{block: word}) for block in BLOCKS]
-        every = dict.fromkeys(("linear", "radial", "tensor_product", "contraction", "features"), word)
+        every = dict.fromkeys((block for block in BLOCKS if block != "readout"), word)
         found.append(replace(PRESETS["fp32"], name=f"all {word}", **every))
     return found
 
@@ -59,15 +59,15 @@ class Values:
     stress: np.ndarray
 
 
-def by_engine(model: torch.nn.Module, frames: tuple[ase.Atoms, ...]) -> tuple[Values, Engine]:
+def by_engine(model: torch.nn.Module, frames: tuple[ase.Atoms, ...]) -> Values:
     """What an accelerated model gives for frames of the same atoms."""
     engine, found = Engine(model, frames[0]), []
     for atoms in frames:
         engine.step(atoms.positions, atoms.cell.array[None])
         found.append(engine.on_host())
-    parts = (np.array([getattr(results, key) for results in found]) for key in ("energy", "forces", "stress"))
-    energy, forces, stress = parts
-    return Values(energy[:, 0] / len(frames[0]), forces, stress[:, 0]), engine
+    keys = ("energy", "forces", "stress")
+    energy, forces, stress = (np.array([getattr(results, key) for results in found]) for key in keys)
+    return Values(energy[:, 0] / len(frames[0]), forces, stress[:, 0])
 
 
 def by_e3nn(model: torch.nn.Module, frames: tuple[ase.Atoms, ...]) -> Values:
@@ -141,14 +141,13 @@ def rows_of(
     exact = {}
     fast = accelerate(plain, "fp64")
     for sample in samples:
-        exact[sample.name], _ = by_engine(fast, sample.frames)
+        exact[sample.name] = by_engine(fast, sample.frames)
         agreed = check_reference(plain, exact[sample.name], sample.frames)
         progress.print(f"{name}, {sample.name}: FP64 agrees with e3nn to {agreed:.0e} of the forces", highlight=False)
-    single = accelerate(plain, "fp32")
     for policy in track([*chosen, None], description=name, console=progress):
-        model = restore(single) if policy is None else accelerate(plain, policy)
+        model = restore(plain).float() if policy is None else accelerate(plain, policy)
         for sample in samples:
-            got = by_e3nn(model, sample.frames) if policy is None else by_engine(model, sample.frames)[0]
+            got = by_e3nn(model, sample.frames) if policy is None else by_engine(model, sample.frames)
             row = {"model": name, "policy": E3NN if policy is None else policy.name, "sample": sample.name}
             words = {} if policy is None else asdict(policy)
             row |= {"frames": len(sample.frames), "still": sample.still, "words": words}

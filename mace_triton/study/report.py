@@ -11,13 +11,11 @@ import numpy as np
 
 from .claims import above_fp32, verdicts
 from .precision import BLOCKS, E3NN
+from .search import CHOICES
 from .store import Row, load
 
-BAR = {"fp32": (0.05, 0.1), "bf16": (0.5, 10.0)}
-"""Policy -> errors that its users may expect at most, on held-out water: meV/atom, meV/angstrom."""
 HEADS = {
     "models": "The medium water model, three seeds",
-    "precision": "Errors of policies, and times of their steps",
     "search": "The fastest policy within a budget",
     "training": "The same training under several precisions",
     "md": "Dynamics of water",
@@ -115,7 +113,7 @@ def _times(study: Row) -> Section:
 
 
 def _search(study: Row) -> Section:
-    words = ("linear", "radial", "tensor_product", "contraction", "features")
+    words = tuple(CHOICES)
     rows = sorted(study["rows"], key=lambda row: row["ms"])
     best = study["found"]["words"]
     same = [field for field in best if field != "name"]

@@ -60,7 +60,7 @@ class Trials:
         self.device = next(plain.parameters()).device
         self.rows: dict[tuple, Row] = {}
         fast = accelerate(plain, "fp64")
-        self.exact: list[Values] = [by_engine(fast, frames)[0] for frames in groups]
+        self.exact: list[Values] = [by_engine(fast, frames) for frames in groups]
         for exact, frames in zip(self.exact, groups, strict=True):
             check_reference(plain, exact, frames)
 
@@ -71,7 +71,7 @@ class Trials:
             model = accelerate(self.plain, policy)
             energy, force = [], []
             for exact, frames in zip(self.exact, self.groups, strict=True):
-                got, _ = by_engine(model, frames)
+                got = by_engine(model, frames)
                 energy.append(1e3 * (got.energy - exact.energy))
                 force.append(1e3 * (got.forces - exact.forces).ravel())
             engine = Engine(model, self.timed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -16,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy import stats
+
+from ..cli import version_of
 
 FOLDER = Path("docs") / "studies"
 """Where results are kept in a checkout."""
@@ -31,7 +32,7 @@ def environment(device: torch.device) -> Row:
     return {
         "card": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: version_of(name) for name in PACKAGES},
         "revision": revision(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command(sys.argv[1:]),

@@ -110,16 +110,17 @@ class Storage:
     def __init__(self, mode: Mode, model: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int):
         self.mode, self.parameters = mode, [p for p in model.parameters() if p.requires_grad]
         self.generator = torch.Generator(self.parameters[0].device).manual_seed(seed)
-        self.masters: list[torch.Tensor] | None = None
+        self.masters: list[torch.Tensor] = []
         if mode.weights != "fp32":
-            optimizer.register_step_pre_hook(lambda *_: self.before())
+            if mode.masters:
+                optimizer.register_step_pre_hook(lambda *_: self.before())
             optimizer.register_step_post_hook(lambda *_: self.after())
             self.after()
 
     @torch.no_grad()
     def before(self) -> None:
-        """The optimiser moves the masters, where there are any."""
-        for p, master in zip(self.parameters, self.masters or self.parameters, strict=True):
+        """The optimiser moves the masters."""
+        for p, master in zip(self.parameters, self.masters, strict=True):
             p.copy_(master)
 
     @torch.no_grad()
@@ -180,7 +181,7 @@ def taught(model: str, size: Size, device: str, quick: bool) -> Data:
     every, start = (2, 4) if quick else (40, 2000)
     sample = structures.of_a_run(model, device, size.side, size.train + size.held, every, start)
     teacher = accelerate(load(model, device, torch.float64)[0].double(), "fp64")
-    values, _ = by_engine(teacher, sample.frames)
+    values = by_engine(teacher, sample.frames)
     order = np.random.default_rng(0).permutation(len(sample.frames))
     atoms = sample.frames[0]
     energy = values.energy * len(atoms)
@@ -216,7 +217,7 @@ def train(mode: Mode, seed: int, data: Data, architecture: dict, size: Size, dev
     settings = train_water.Settings()
     with default_dtype(mode.dtype):
         optimizer = train_water.make_optimizer(model, settings)
-        storage = Storage(mode, model, optimizer, seed)
+        Storage(mode, model, optimizer, seed)  # lives on in the optimiser's hooks
         loss = train_water.make_loss(settings.weights_stage_one).to(device)
         curve, began = [], time.perf_counter()
         batches = _forever(train_water.loader(graphs[: data.train], size.batch, shuffle=True))
@@ -228,9 +229,7 @@ def train(mode: Mode, seed: int, data: Data, architecture: dict, size: Size, dev
             if step % size.every == 0:
                 curve.append({"step": step, **errors_of(_plain(model, architecture), held, device)})
     seconds = time.perf_counter() - began
-    return {"mode": mode.name, "seed": seed, "status": "ok", "curve": curve, **curve[-1], "seconds": seconds} | {
-        "weights": storage.mode.weights
-    }
+    return {"mode": mode.name, "seed": seed, "status": "ok", "curve": curve, **curve[-1], "seconds": seconds}
 
 
 def _forever(batches) -> Iterator:
