@@ -57,7 +57,8 @@ def md(
     ensembles: Annotated[str, typer.Option(help="Of nve, nvt, npt, by commas.")] = "nve,nvt,npt",
     replicas: Annotated[int, typer.Option(help="Of each policy and ensemble.")] = 5,
     steps: Annotated[int, typer.Option(help="Of each run, 0.5 fs each.")] = 40000,
-    side: Annotated[int, typer.Option(help="Water molecules along an edge: 4 is 192 atoms.")] = 4,
+    side: Annotated[int, typer.Option(help="Water molecules along an edge: 6 is 648 atoms.")] = 6,
+    every: Annotated[int, typer.Option(help="Steps between frames.")] = 40,
     workers: Annotated[int, typer.Option(help="Runs at a time; they share the GPUs.")] = 8,
     runs: Annotated[Path, typer.Option(help="Folder of trajectories; a study that was cut off goes on there.")] = Path(
         "study-runs"
@@ -72,10 +73,10 @@ def md(
         from .dynamics import Plan, run
 
         if quick:
-            policies, ensembles, replicas, steps, side, workers = "fp64,bf16", "nve,nvt", 2, 160, 2, 1
+            policies, ensembles, replicas, steps, side, every, workers = "fp64,bf16", "nve,nvt", 2, 160, 2, 20, 1
         if workers < 1:
             raise ValueError(f"--workers must be at least 1, got {workers}")
-        plan = Plan(model, tuple(policies.split(",")), tuple(ensembles.split(",")), replicas, steps, side)
+        plan = Plan(model, tuple(policies.split(",")), tuple(ensembles.split(",")), replicas, steps, side, every)
         path = run(plan, runs, out, check_device(device), workers, quick, console)
     console.print(f"results: {path}; `mace-triton study report` turns them into a page", highlight=False)
 
@@ -83,6 +84,7 @@ def md(
 @app.command()
 def training(
     model: Annotated[str, typer.Option(help="Teacher: 'water' or 'water-medium' (shipped).")] = "water-medium",
+    workers: Annotated[int, typer.Option(help="Trainings at a time; they share the GPUs.")] = 1,
     out: Out = FOLDER,
     device: Device = None,
     quick: Quick = False,
@@ -93,7 +95,7 @@ def training(
         from .training import run
 
         check_water(model)
-        path = run(model, out, check_device(device), quick, console)
+        path = run(model, out, check_device(device), workers, quick, console)
     console.print(f"results: {path}; `mace-triton study report` turns them into a page", highlight=False)
 
 

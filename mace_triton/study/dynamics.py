@@ -6,19 +6,22 @@ replicas are independent, so intervals are Student's t over them. A policy is eq
 Welch tests (TOST: Schuirmann, J. Pharmacokinet. Biopharm. 15, 657) reject, at 5 %, a difference beyond a margin that is
 set beforehand, in `OBSERVABLES`; different where the 95 % interval of the difference leaves out zero.
 
-Runs lie in a folder of their own. A study that is started again takes those that have ended as they are, goes on with
-those that were cut off, and runs the others.
+Runs lie in a folder of their own; what an ended one gives is written beside it as RUN.json, behind which its trajectory
+is not needed any more. A study that is started again takes those that have ended as they are, goes on with those that
+were cut off, and runs the others.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import ase.io
@@ -36,10 +39,10 @@ from ..water import water_box
 from .store import LEVEL, Row, mean_interval, save
 
 REFERENCE = "fp64"
-EVERY, DISCARD = 20, 0.25
-"""Steps between frames; the part of a run that is left out."""
-SHELL, BIN = 6.0, 0.05
-"""Angstrom: how far radial distribution functions go, and how finely."""
+DISCARD = 0.25
+"""The part of a run that is left out."""
+SHELL, BIN, STRIDE = 6.0, 0.05, 4
+"""Angstrom: how far radial distribution functions go, and how finely; they are of each STRIDE-th frame."""
 LAGS = (0.4, 0.9)
 """Parts of the longest lag between which a mean square displacement's slope is taken."""
 
@@ -68,14 +71,15 @@ OBSERVABLES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run. steps of 0.5 fs each; side: molecules along the box's edge."""
+    """What is run. steps of 0.5 fs each, a frame after `every`; side: molecules along the box's edge."""
 
     model: str
     policies: tuple[str, ...]
     ensembles: tuple[str, ...] = md.ENSEMBLES
     replicas: int = 5
     steps: int = 40000
-    side: int = 4
+    side: int = 6
+    every: int = 40
 
     def __post_init__(self):
         for policy in self.policies:
@@ -85,8 +89,10 @@ class Plan:
         for ensemble in self.ensembles:
             if ensemble not in md.ENSEMBLES:
                 raise ValueError(f"ensembles must be of {', '.join(md.ENSEMBLES)}, got {ensemble!r}")
-        if self.replicas < 1 or self.steps < 8 * EVERY:
-            raise ValueError(f"replicas must be at least 1 and steps {8 * EVERY}, got {self.replicas}, {self.steps}")
+        if self.replicas < 1 or self.steps < 8 * self.every:
+            raise ValueError(
+                f"replicas must be at least 1 and steps {8 * self.every}, got {self.replicas}, {self.steps}"
+            )
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ class Unit:
             plan.steps,
             self.ensemble,
             out,
-            every=EVERY,
+            every=plan.every,
             seed=self.seed,
             precision=self.policy,
             device=device,
@@ -132,12 +138,29 @@ def table_of(path: Path) -> dict[str, np.ndarray]:
 
 
 def done(unit: Unit, plan: Plan, folder: Path) -> int:
-    """Steps that a run has done, by its restart file."""
+    """Steps that a run has done, by its restart file, or by what it gave if it has ended."""
+    if given(unit, plan, folder):
+        return plan.steps
     path = folder / f"{unit.name}.restart.npz"
     if not path.is_file():
         return 0
     with np.load(path) as kept:
         return int(kept["step"])
+
+
+def given(unit: Unit, plan: Plan, folder: Path) -> Row | None:
+    """What a run of the plan's length gave, where it has been worked out: its observables and curves."""
+    path = folder / f"{unit.name}.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    return found if found.get("steps") == plan.steps else None
+
+
+def work_out(unit: Unit, plan: Plan, folder: Path) -> None:
+    """Write what a run gives beside it, whole or not at all."""
+    values, curves = observables(unit, folder)
+    scratch = folder / f"{unit.name}.tmp"
+    scratch.write_text(json.dumps({"steps": plan.steps, "observables": values, "curves": curves}))
+    os.replace(scratch, folder / f"{unit.name}.json")
 
 
 def simulate(plan: Plan, folder: Path, device: str, workers: int, console: Console) -> dict[Unit, str]:
@@ -147,20 +170,38 @@ def simulate(plan: Plan, folder: Path, device: str, workers: int, console: Conso
         start = folder / f"start-{seed}.extxyz"
         if not start.is_file():
             ase.io.write(start, water_box(plan.side, seed=seed))
-    todo = [unit for unit in units_of(plan) if done(unit, plan, folder) < plan.steps]
+    todo = [unit for unit in units_of(plan) if not given(unit, plan, folder)]
     columns = (TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     total = plan.steps * len(units_of(plan))
+    # Working out is Python's, so it takes processes; this one only waits.
+    processes = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers > 1 else None
+
+    def whole(unit: Unit, number: int) -> str:
+        reason = ""
+        if done(unit, plan, folder) < plan.steps:
+            reason = run_one(unit.options(plan, folder, device), number, workers)
+        if not reason:
+            apart(processes, work_out, unit, plan, folder)
+        return reason
+
     with Progress(*columns, console=console) as bar, ThreadPoolExecutor(workers) as pool:
         task = bar.add_task("steps", total=total)
-        jobs = {
-            unit: pool.submit(run_one, unit.options(plan, folder, device), number, workers)
-            for number, unit in enumerate(todo)
-        }
+        jobs = {unit: pool.submit(whole, unit, number) for number, unit in enumerate(todo)}
         while not all(job.done() for job in jobs.values()):
             bar.update(task, completed=sum(done(unit, plan, folder) for unit in units_of(plan)))
             wait(jobs.values(), timeout=2)
         bar.update(task, completed=sum(done(unit, plan, folder) for unit in units_of(plan)))
+    if processes:
+        processes.shutdown()
     return {unit: job.result() for unit, job in jobs.items() if job.result()}
+
+
+def apart(processes: Executor | None, call: Callable[..., None], *arguments: object) -> None:
+    """Call in another process, if there are any."""
+    if processes is None:
+        call(*arguments)
+    else:
+        processes.submit(call, *arguments).result()
 
 
 def run_one(options: md.Options, number: int, workers: int) -> str:
@@ -190,19 +231,19 @@ def observables(unit: Unit, folder: Path) -> tuple[Row, Row]:
     """(means of a run behind its first part, radial distribution functions {"O-O": [...], "O-H": [...]})."""
     table = table_of(folder / f"{unit.name}.log")
     kept = slice(int(DISCARD * len(table["step"])), None)
-    frames = ase.io.read(folder / f"{unit.name}.extxyz", index=":")[kept]
-    atoms = len(frames[0])
     if unit.ensemble == "nve":
+        atoms = len(ase.io.read(folder / f"{unit.name}.extxyz", index=0))
         total = 1e3 * (table["potential_eV"] + table["kinetic_eV"])[kept] / atoms
         return {"drift": float(np.polyfit(1e-3 * table["time_ps"][kept], total, 1)[0])}, {}
+    frames = ase.io.read(folder / f"{unit.name}.extxyz", index=":")[kept]
     found = {
         "temperature": float(table["temperature_K"][kept].mean()),
-        "energy": 1e3 * float(table["potential_eV"][kept].mean()) / atoms,
+        "energy": 1e3 * float(table["potential_eV"][kept].mean()) / len(frames[0]),
         "pressure": float(table["pressure_bar"][kept].mean()),
         "density": float(frames[0].get_masses().sum() / units.kg * 1e3 / (table["volume_A3"][kept] * 1e-24).mean()),
         "diffusion": diffusion(frames, 1e-3 * (frames[1].info["time_fs"] - frames[0].info["time_fs"])),
     }
-    curves = {pair: distribution(frames, *pair.split("-")) for pair in ("O-O", "O-H")}
+    curves = {pair: distribution(frames[::STRIDE], *pair.split("-")) for pair in ("O-O", "O-H")}
     where = centres()
     found["O-O place"], found["O-O peak"] = peak(where, curves["O-O"], 2.4, 3.3)
     found["O-H peak"] = peak(where, curves["O-H"], 1.5, 2.4)[1]
@@ -301,12 +342,18 @@ def run(plan: Plan, runs: Path, folder: Path, device: str, workers: int, quick: 
     rows: list[Row] = []
     for unit in units_of(plan):
         head = {"ensemble": unit.ensemble, "policy": Path(unit.policy).stem, "seed": unit.seed}
-        if unit in failed or done(unit, plan, runs) < plan.steps:
+        found = given(unit, plan, runs)
+        if found is None:
             console.print(f"{unit.name} failed: {failed.get(unit, 'it did not end')}", highlight=False, soft_wrap=True)
             continue
-        values, curves = observables(unit, runs)
-        rows.append(head | {"observables": values, "curves": curves})
-    about = {"model": plan.model, "steps": plan.steps, "atoms": 3 * plan.side**3, "bins": list(centres())}
+        rows.append(head | {"observables": found["observables"], "curves": found["curves"]})
+    about = {
+        "model": plan.model,
+        "steps": plan.steps,
+        "every": plan.every,
+        "atoms": 3 * plan.side**3,
+        "bins": list(centres()),
+    }
     reasons = {unit.name: reason for unit, reason in failed.items()}
-    found = list(comparisons(rows))
-    return save("md", folder, torch.device(device), quick=quick, **about, failed=reasons, comparisons=found, rows=rows)
+    beside = list(comparisons(rows))
+    return save("md", folder, torch.device(device), quick=quick, **about, failed=reasons, comparisons=beside, rows=rows)

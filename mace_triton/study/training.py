@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import mace  # noqa: F401  before e3nn, see mace_triton/__init__.py
@@ -259,21 +261,46 @@ def errors_of(plain: torch.nn.Module, held: list[AtomicData], device: torch.devi
     return dict(zip(("energy_rmse", "force_rmse"), (1e3 * mean for mean in means), strict=True))
 
 
-def run(model: str, folder: Path, device: str, quick: bool, console: Console) -> Path:
-    """The study; see the head of this file. Returns where its results are."""
-    size, where = QUICK if quick else Size(), torch.device(device)
+def attempt(mode: Mode, seed: int, data: Data, architecture: dict, size: Size, device: str) -> Row:
+    """A training, or why there is none: autocast reaches code that was not written for it."""
+    try:
+        return train(mode, seed, data, architecture, size, torch.device(device))
+    except (RuntimeError, TypeError) as error:
+        return {"mode": mode.name, "seed": seed, "status": "failed", "reason": str(error).splitlines()[0][:200]}
+
+
+def trainings(todo: list[tuple[Mode, int]], workers: int, device: str, *common: object) -> Iterator[tuple[int, Row]]:
+    """(place in todo, row) of each training as it ends, `workers` at a time in processes of their own, on all GPUs."""
+    if workers == 1:
+        for place, (mode, seed) in enumerate(todo):
+            yield place, attempt(mode, seed, *common, device)
+        return
+    cards = torch.cuda.device_count() if device == "cuda" else 0
+    places = [f"cuda:{place % cards}" if cards > 1 else device for place in range(len(todo))]
+    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        jobs = {
+            pool.submit(attempt, mode, seed, *common, where): place
+            for place, ((mode, seed), where) in enumerate(zip(todo, places, strict=True))
+        }
+        for job in as_completed(jobs):
+            yield jobs[job], job.result()
+
+
+def run(model: str, folder: Path, device: str, workers: int, quick: bool, console: Console) -> Path:
+    """The study; see the head of this file. Returns where its results are. Raises ValueError for no workers."""
+    if workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {workers}")
+    size = QUICK if quick else Size()
     data = taught(model, size, device, quick)
     architecture = architecture_of(data, size)
-    rows: list[Row] = []
     todo = [(mode, seed) for seed in size.seeds for mode in MODES]
-    for mode, seed in track(todo, description="trainings", console=console):
-        try:
-            row = train(mode, seed, data, architecture, size, where)
-        except (RuntimeError, TypeError) as error:  # autocast reaches code that was not written for it
-            row = {"mode": mode.name, "seed": seed, "status": "failed", "reason": str(error).splitlines()[0][:200]}
-        rows.append(row)
+    about = {"data": data.source, "architecture": architecture, "steps": size.steps, "batch": size.batch}
+    rows: dict[int, Row] = {}
+    ended = trainings(todo, workers, device, data, architecture, size)
+    for place, row in track(ended, description="trainings", total=len(todo), console=console):
+        rows[place] = row
         told = f"{row['force_rmse']:.2f} meV/angstrom" if row["status"] == "ok" else row["reason"]
-        console.print(f"{mode.name}, seed {seed}: {told}", highlight=False, soft_wrap=True)
-        about = {"data": data.source, "architecture": architecture, "steps": size.steps, "batch": size.batch}
-        path = save("training", folder, where, quick=quick, **about, rows=rows)
+        console.print(f"{row['mode']}, seed {row['seed']}: {told}", highlight=False, soft_wrap=True)
+        done = [rows[place] for place in sorted(rows)]
+        path = save("training", folder, torch.device(device), quick=quick, **about, rows=done)
     return path
