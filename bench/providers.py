@@ -15,25 +15,32 @@ states the layout it works in.
 
 from __future__ import annotations
 
-import copy
-import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import SimpleNamespace
 
 import torch
 from e3nn import nn, o3
+from mace.tools.torch_tools import default_dtype
 from torch import Tensor
+
+from mace_triton.study.backends import (  # noqa: F401  what benches ask for as providers'
+    MissingProviderError,
+    cueq_of,
+    matmul_precision,
+    model_cueq,
+    model_dtype,
+    model_e3nn,
+    model_mace_triton,
+    model_oeq,
+    need,
+    need_precision,
+)
 
 NAMES = ("e3nn", "cueq", "oeq", "mace_triton")
 STORAGE = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """precision -> dtype the radial weights of conv_tp are stored in."""
-
-
-class MissingProviderError(RuntimeError):
-    """A provider that is not installed, or does not offer this block or precision; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -56,59 +63,11 @@ class Block:
         return weight
 
 
-def model_dtype(precision: str) -> torch.dtype:
-    """dtype of features and parameters: FP64 for fp64, FP32 for every other precision."""
-    return torch.float64 if precision == "fp64" else torch.float32
-
-
-def need(module: str, provider: str):
-    """Import a peer's module, or raise MissingProviderError."""
-    try:
-        return importlib.import_module(module)
-    except Exception as error:  # a peer may fail to import in its own ways: a compiler, a driver, a library
-        raise MissingProviderError(f"{provider}: cannot import {module}: {error}") from error
-
-
-def need_precision(provider: str, precision: str, offered: tuple[str, ...]) -> None:
-    if precision not in offered:
-        raise MissingProviderError(f"{provider} offers {', '.join(offered)} here, not {precision}")
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """torch's default dtype inside the block: e3nn, cueq and MACE read it while they build."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    """Let torch's FP32 matrix products run in TF32 inside the block when the precision says tf32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
 def _cue_irreps(irreps):
     import cuequivariance as cue
     from mace.tools.cg import O3_e3nn
 
     return cue.Irreps(O3_e3nn, str(irreps))
-
-
-def _cueq(device: torch.device):
-    """cuequivariance_torch, with its closed GPU operations where a GPU is asked for."""
-    cuet = need("cuequivariance_torch", "cueq")
-    if device.type == "cuda":
-        need("cuequivariance_ops_torch", "cueq")
-    return cuet
 
 
 @lru_cache(maxsize=2)
@@ -136,7 +95,7 @@ def conv_e3nn(problem, precision: str, device: torch.device, variant: str = "") 
 
 def conv_cueq(problem, precision: str, device: torch.device, variant: str = "") -> Block:
     """cuet.SegmentedPolynomial with gather and scatter fused in, ir_mul, as MACE's with_cueq_conv_fusion calls it."""
-    cuet = _cueq(device)
+    cuet = cueq_of(device)
     import cuequivariance as cue
 
     method, dtype = "uniform_1d" if device.type == "cuda" else "naive", model_dtype(precision)
@@ -193,7 +152,7 @@ def linear_e3nn(irreps_in: str, irreps_out: str, precision: str, device: torch.d
 def linear_cueq(irreps_in: str, irreps_out: str, precision: str, device: torch.device, variant: str = "") -> Block:
     """cuet.Linear(method="naive") in ir_mul, as MACE's wrapper builds it."""
     need_precision("cueq", precision, ("fp64", "fp32", "tf32"))
-    cuet = _cueq(device)
+    cuet = cueq_of(device)
     import cuequivariance as cue
 
     with default_dtype(model_dtype(precision)):
@@ -242,7 +201,7 @@ def _contraction_weights(module: torch.nn.Module) -> tuple[Tensor, ...]:
 def contraction_cueq(irreps_in: str, irreps_out: str, n_elements: int, precision: str, device: torch.device) -> Block:
     """cuet.SymmetricContraction as MACE's wrapper builds it, with the weights of `contraction_e3nn`, ir_mul."""
     need_precision("cueq", precision, ("fp64", "fp32", "tf32"))
-    cuet = _cueq(device)
+    cuet = cueq_of(device)
     import cuequivariance as cue
     from mace.cli.convert_e3nn_cueq import transfer_symmetric_contractions
 
@@ -304,7 +263,7 @@ def species_linear_cueq(
 ) -> Block:
     """cuet.FullyConnectedTensorProduct(method="naive") in ir_mul, as MACE's wrapper builds it."""
     need_precision("cueq", precision, ("fp64", "fp32", "tf32"))
-    cuet = _cueq(device)
+    cuet = cueq_of(device)
     import cuequivariance as cue
 
     irreps = (_cue_irreps(i) for i in (irreps_in, f"{n_elements}x0e", irreps_out))
@@ -426,46 +385,6 @@ def edge_vectors_mace_triton(precision: str) -> Block:
     from mace_triton.ops.edge_embedding import edge_vectors
 
     return Block(edge_vectors)
-
-
-def model_e3nn(model: torch.nn.Module, precision: str, device: torch.device, variant: str = "") -> torch.nn.Module:
-    """Plain MACE."""
-    need_precision("e3nn", precision, ("fp64", "fp32", "tf32"))
-    return copy.deepcopy(model).to(device=device, dtype=model_dtype(precision))
-
-
-def model_cueq(model: torch.nn.Module, precision: str, device: torch.device, variant: str = "") -> torch.nn.Module:
-    """mace.cli.convert_e3nn_cueq.run: everything on cuEquivariance, convolution fused on a GPU."""
-    need_precision("cueq", precision, ("fp64", "fp32", "tf32"))
-    _cueq(device)
-    from mace.cli.convert_e3nn_cueq import run
-
-    dtype = model_dtype(precision)
-    with default_dtype(dtype):
-        return run(copy.deepcopy(model).to(device=device, dtype=dtype), device=device.type, return_model=True)
-
-
-def model_oeq(model: torch.nn.Module, precision: str, device: torch.device, variant: str = "") -> torch.nn.Module:
-    """mace.cli.convert_e3nn_oeq.run: the convolution on OpenEquivariance, the rest e3nn."""
-    need_precision("oeq", precision, ("fp64", "fp32", "tf32"))
-    if device.type != "cuda":
-        raise MissingProviderError("oeq runs on a GPU only")
-    need("openequivariance", "oeq")
-    from mace.cli.convert_e3nn_oeq import run
-
-    dtype = model_dtype(precision)
-    with default_dtype(dtype):
-        return run(copy.deepcopy(model).to(device=device, dtype=dtype), device=device.type, return_model=True)
-
-
-def model_mace_triton(
-    model: torch.nn.Module, precision: str, device: torch.device, variant: str = ""
-) -> torch.nn.Module:
-    """mace_triton.accelerate."""
-    from mace_triton import accelerate
-
-    plain = copy.deepcopy(model).to(device=device, dtype=model_dtype(precision))
-    return accelerate(plain, precision=precision, deterministic=variant == "deterministic")
 
 
 BUILDERS: dict[str, dict[str, Callable]] = {

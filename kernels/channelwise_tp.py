@@ -133,9 +133,11 @@ def _launch(kernels: list[tuple], tile: tiles.Tile, acc: tl.dtype, plan, *tensor
             )
 
 
-def _run_forward(problem, operands: tuple[torch.Tensor, ...], plan, tangent: bool, paired=False) -> torch.Tensor:
+def _run_forward(
+    problem, operands: tuple[torch.Tensor, ...], plan, tangent: bool, paired=False, sums=None
+) -> torch.Tensor:
     x, y, w = operands[::2] if tangent else operands
-    acc, acc_tl = _accumulate(y.dtype)
+    acc, acc_tl = sums or _accumulate(y.dtype)
     tile = _tile("channelwise_tp_fwd", problem, y, w, plan.n_out)
     splits = tile["SPLIT"]
     out = (torch.empty if _covered(problem) and plan.n_edges else torch.zeros)(
@@ -177,6 +179,20 @@ def forward(problem, x: torch.Tensor, y: torch.Tensor, w: torch.Tensor, plan) ->
 def backward(problem, g: torch.Tensor, x: torch.Tensor, y: torch.Tensor, w: torch.Tensor, plan, wrt_x: bool = True):
     """(gx, gy, gw) for the output gradient g; gx is None when `wrt_x` is False, which spares its atomics."""
     return _run_backward(problem, g, (x, y, w), plan, False, wrt_x)
+
+
+def forward_in_16_bits(problem, x, y, w, plan, dtype: torch.dtype, wide: bool = False) -> torch.Tensor:
+    """`forward` with operands, products and sums in BF16 or FP16. Explored in docs/studies, not in the product.
+
+    wide: a lane owns twice the channels that it has in the product, so that its products can be two at a time.
+    """
+    sums = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+    tile = _tile("channelwise_tp_fwd", problem, y, w, plan.n_out)
+    if wide:
+        block = dict(tile.block)
+        tile = tiles.Tile.of(tile.num_warps, tile.num_stages, **block | {"BLOCK_C": 2 * block["BLOCK_C"]})
+    with tiles.forced("channelwise_tp_fwd", tile):
+        return _run_forward(problem, (x, y, w), plan, tangent=False, sums=(dtype, sums))
 
 
 def forward_of_pairs(problem, x: torch.Tensor, y: torch.Tensor, w: torch.Tensor, plan) -> torch.Tensor:

@@ -139,7 +139,7 @@ def single_point(model: torch.nn.Module, atoms: ase.Atoms, *, head: str | None =
     if not hasattr(model, "atomic_energies_fn"):
         raise ValueError(f"{type(model).__name__} has no energy and forces to compare")
     first = next(model.parameters())
-    batch = _batch(model, atoms, head, first.dtype).to(first.device)
+    batch = batch_of(model, atoms, head, first.dtype).to(first.device)
     periodic = bool(atoms.pbc.all())
     out = model(batch.to_dict(), compute_stress=periodic)
     keys = ["forces", "stress"] if periodic else ["forces"]
@@ -159,7 +159,7 @@ def piece(atoms: ase.Atoms, count: int) -> ase.Atoms:
 _READ_FROM_INFO = {"total_charge": "charge", "total_spin": "spin", "external_field": "external_field"}
 
 
-def _batch(model: torch.nn.Module, atoms: ase.Atoms, head: str | None, dtype: torch.dtype):
+def batch_of(model: torch.nn.Module, atoms: ase.Atoms, head: str | None, dtype: torch.dtype):
     return torch_geometric.Batch.from_data_list([graph_of(model, atoms, head, dtype)])
 
 

@@ -33,8 +33,13 @@ SUMMARY = re.compile(r"SUMMARY: (\d+) (?:error|hazard)")
 """What each tool of compute-sanitizer says in the end."""
 
 
-def random_model(shape: str, channels: int, elements: tuple[int, ...], r_max: float, seed: int = 0) -> torch.nn.Module:
-    """A ScaleShiftMACE in FP64 on the CPU with MACE-MP-0's hyperparameters and random weights."""
+def random_model(
+    shape: str, channels: int, elements: tuple[int, ...], r_max: float, seed: int = 0, max_ell: int = 3
+) -> torch.nn.Module:
+    """A ScaleShiftMACE in FP64 on the CPU with MACE-MP-0's hyperparameters and random weights.
+
+    shape: "small", "medium", "large", or hidden irreps with {c} for the channels.
+    """
     block = modules.RealAgnosticResidualInteractionBlock
     with default_dtype(torch.float64), torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -42,12 +47,12 @@ def random_model(shape: str, channels: int, elements: tuple[int, ...], r_max: fl
             r_max=r_max,
             num_bessel=10,
             num_polynomial_cutoff=5,
-            max_ell=3,
+            max_ell=max_ell,
             interaction_cls=block,
             interaction_cls_first=block,
             num_interactions=2,
             num_elements=len(elements),
-            hidden_irreps=o3.Irreps(HIDDEN[shape].format(c=channels)),
+            hidden_irreps=o3.Irreps(HIDDEN.get(shape, shape).format(c=channels)),
             MLP_irreps=o3.Irreps("16x0e"),
             atomic_energies=np.linspace(-3.0, 2.0, len(elements)),
             avg_num_neighbors=10.0,  # root of the number of neighbours: random messages add up to features of order 1

@@ -300,10 +300,10 @@ def test_verdicts_follow_the_figures():
         lines = claims.verdicts({"precision": {"times": times, "rows": [row]}})
         return [verdict for _, _, verdict in lines]
 
-    assert verdict_of(still) == ["open", "not confirmed", "open", "open", "confirmed for bf16"]
-    assert verdict_of(still | {"largest_force": 1e-6})[-1] == "not confirmed: all below 0.0001"
+    assert verdict_of(still) == [*["open", "not confirmed"], *["open"] * 3, "confirmed for bf16", *["open"] * 2]
+    assert verdict_of(still | {"largest_force": 1e-6})[5] == "not confirmed: all below 0.0001"
     assert verdict_of(still, [times[0], times[1] | {"ms": 0.9, "ms_ends": [0.9, 0.9]}])[1] == "confirmed"
-    assert [verdict for _, _, verdict in claims.verdicts({})] == ["open"] * 5
+    assert [verdict for _, _, verdict in claims.verdicts({})] == ["open"] * 8
 
 
 # Training
@@ -366,6 +366,9 @@ def test_a_small_training_study(tmp_path, monkeypatch, reference_path):
         assert [point["step"] for point in rows["fp32", seed]["curve"]] == [4]
         assert rows["fp32", seed]["curve"][-1]["force_rmse"] == single
         assert single != stored
+    about = {key: found[key] for key in ("model", "steps", "batch", "quick")}
+    assert training.earlier(tmp_path, about) == found["rows"]
+    assert training.earlier(tmp_path, about | {"steps": 5}) == []
     report.write(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert "| bf16 weights |" in text

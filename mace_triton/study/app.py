@@ -28,6 +28,14 @@ def check_water(model: str) -> None:
         raise ValueError(f"--model: this study is of water: one of {', '.join(SHIPPED)}, got {model!r}")
 
 
+def numbers_of(option: str, words: str) -> tuple[int, ...]:
+    """Whole numbers between commas. Raises ValueError naming the option."""
+    try:
+        return tuple(int(word) for word in words.split(","))
+    except ValueError:
+        raise ValueError(f"{option} takes whole numbers between commas, got {words!r}") from None
+
+
 @app.command()
 def precision(
     model: Annotated[str, typer.Option(help="'water' or 'water-medium' (shipped).")] = "water-medium",
@@ -45,6 +53,17 @@ def precision(
         if data is not None and not data.is_file():
             raise ValueError(f"--data: no such file: {data}")
         path = run(model, data, out, check_device(device), quick, console)
+    console.print(f"results: {path}; `mace-triton study report` turns them into a page", highlight=False)
+
+
+@app.command()
+def profile(out: Out = FOLDER, device: Device = None, quick: Quick = False) -> None:
+    """Time of energy and forces, and of each block, by backend and precision, on the host and on the GPU."""
+    with one_line_errors():
+        from ..calculator import check_device
+        from .profile import run
+
+        path = run(out, check_device(device), quick, console)
     console.print(f"results: {path}; `mace-triton study report` turns them into a page", highlight=False)
 
 
@@ -84,6 +103,7 @@ def md(
 @app.command()
 def training(
     model: Annotated[str, typer.Option(help="Teacher: 'water' or 'water-medium' (shipped).")] = "water-medium",
+    seeds: Annotated[str, typer.Option(help="By commas; results of others stay where they are.")] = "1,2,3,4,5",
     workers: Annotated[int, typer.Option(help="Trainings at a time; they share the GPUs.")] = 1,
     out: Out = FOLDER,
     device: Device = None,
@@ -95,7 +115,28 @@ def training(
         from .training import run
 
         check_water(model)
-        path = run(model, out, check_device(device), workers, quick, console)
+        numbers = numbers_of("--seeds", "1,2" if quick else seeds)
+        path = run(model, out, check_device(device), numbers, workers, quick, console)
+    console.print(f"results: {path}; `mace-triton study report` turns them into a page", highlight=False)
+
+
+@app.command()
+def accumulation(
+    model: Annotated[str, typer.Option(help="'water' or 'water-medium' (shipped).")] = "water-medium",
+    seeds: Annotated[str, typer.Option(help="Of the trainings, by commas.")] = "1,2,3,4,5",
+    workers: Annotated[int, typer.Option(help="Trainings at a time; they share the GPUs.")] = 1,
+    out: Out = FOLDER,
+    device: Device = None,
+    quick: Quick = False,
+) -> None:
+    """16-bit accumulators and 2:4 sparse linears: what they cost and what they give. None is in the product."""
+    with one_line_errors():
+        from ..calculator import check_device
+        from .accumulation import run
+
+        check_water(model)
+        numbers = numbers_of("--seeds", "1" if quick else seeds)
+        path = run(model, out, check_device(device), numbers, workers, quick, console)
     console.print(f"results: {path}; `mace-triton study report` turns them into a page", highlight=False)
 
 

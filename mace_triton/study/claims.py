@@ -15,6 +15,8 @@ STILL = 1e-4
 """eV/angstrom: forces up to which a perfect crystal counts as free of them."""
 FACTOR = 4.0
 """The speed-up that the thesis claims of 16-bit linears."""
+CUEQ_FACTOR = 3.0
+"""And of cuEquivariance."""
 HURT = 0.05
 """Part of FP32's force error: a mode whose error is surely higher by more hurts, one surely not does not."""
 OPEN = ("not measured yet", "open")
@@ -24,11 +26,16 @@ Line = tuple[str, str, str]
 
 def verdicts(studies: dict[str, dict]) -> Iterator[Line]:
     """(claim, what was measured, verdict)."""
-    yield ("cuEquivariance is 3 times faster than e3nn", *OPEN)
-    yield ("BF16 or FP16 linears make a step 4 times faster still", *_faster(studies.get("precision")))
+    yield ("cuEquivariance is 3 times faster than e3nn", *_backends(studies.get("profile")))
+    sixteen = "BF16 or FP16 linears make a step 4 times faster still"
+    yield (f"{sixteen}: on this engine", *_faster(studies.get("precision")))
+    yield (f"{sixteen}: on cuEquivariance", *_cast(studies.get("profile")))
     yield ("observables of MD stay within run-to-run variability under low precision", *_dynamics(studies.get("md")))
     yield ("weights stored in half precision hurt training", *_weights(studies.get("training")))
     yield ("low precision leaves forces in a perfect crystal", *_crystals(studies.get("precision")))
+    found = studies.get("accumulation")
+    yield ("16-bit accumulators would make it faster still", *_accumulators(found))
+    yield ("2:4 sparse linears would make it faster still", *_sparse(found))
 
 
 def _faster(study: Row | None) -> tuple[str, str]:
@@ -45,6 +52,58 @@ def _faster(study: Row | None) -> tuple[str, str]:
             most = max(most, high / low)
     text = f"fp32's time over it, engine, {atoms} atoms (ends: slowest and fastest repeats): {', '.join(said)}"
     return text, "not confirmed" if most < FACTOR else "confirmed"
+
+
+def ratios(study: Row, one: tuple[str, str], other: tuple[str, str]) -> dict[tuple[int, int], tuple[float, ...]]:
+    """(l, atoms) -> one's wall time over the other's, with the ends that the slowest and fastest
+    repeats give, and the ratio of GPU times."""
+    found = {}
+    for row in study["wholes"]:
+        if row["status"] == "ok":
+            found[row["backend"], row["precision"], row["l"], row["atoms"]] = row
+    both = {}
+    for (backend, precision, level, atoms), row in found.items():
+        partner = found.get((*other, level, atoms))
+        if (backend, precision) == one and partner:
+            (low, high), (least, most) = row["ends"], partner["ends"]
+            gpu = row["gpu"] / partner["gpu"] if row["gpu"] and partner["gpu"] else float("nan")
+            both[level, atoms] = row["wall"] / partner["wall"], low / most, high / least, gpu
+    return both
+
+
+def _factors(study: Row | None, one: tuple[str, str], other: tuple[str, str], wanted: float) -> tuple[str, str]:
+    """How often one takes the other's time, by l and size, and where that comes to what is wanted."""
+    found = ratios(study, one, other) if study else {}
+    if not found:
+        return OPEN
+    said = [
+        f"l = {level}, {atoms} atoms: {mean:.2f} [{low:.2f}, {high:.2f}] ({gpu:.2f})"
+        for (level, atoms), (mean, low, high, gpu) in found.items()
+    ]
+    there = [f"l = {level}, {atoms} atoms" for (level, atoms), (_, _, high, _) in found.items() if high >= wanted]
+    where = f"confirmed for {'; '.join(there)}" if there else "not confirmed"
+    return "; ".join(said), "confirmed" if len(there) == len(found) else where
+
+
+def _backends(study: Row | None) -> tuple[str, str]:
+    text, verdict = _factors(study, ("e3nn", "fp32"), ("cueq", "fp32"), CUEQ_FACTOR)
+    return (
+        (text, verdict)
+        if (text, verdict) == OPEN
+        else (f"e3nn's wall time over cuEq's, both FP32 (and GPU time): {text}", verdict)
+    )
+
+
+def _cast(study: Row | None) -> tuple[str, str]:
+    said, verdict = [], []
+    for word in ("bf16", "fp16"):
+        text, found = _factors(study, ("cueq", "fp32"), ("cueq", f"{word} linears"), FACTOR)
+        if (text, found) == OPEN:
+            return OPEN
+        said.append(f"{word}: {text}")
+        verdict.append(f"{word}: {found}")
+    text = f"cuEq's FP32 wall time over that with its linears cast (and GPU time): {'; '.join(said)}"
+    return text, "not confirmed" if all("not" in word for word in verdict) else "; ".join(verdict)
 
 
 def above_fp32(rows: list[Row], mode: str) -> tuple[float, float | None, float | None]:
@@ -107,3 +166,46 @@ def _crystals(study: Row | None) -> tuple[str, str]:
     text = f"largest force of {crystals} crystals, eV/angstrom: "
     text += ", ".join(f"{name} {largest[name]:.0e}" for name in shown)
     return text, f"confirmed for {', '.join(over)}" if over else f"not confirmed: all below {STILL:g}"
+
+
+PAYS = 1.05
+"""Times faster than with FP32 sums, dense: less is not worth an error."""
+
+
+def gains(study: Row, variant: str, beside: str) -> dict[str, tuple[float, float, float]]:
+    """shape and operands -> (beside's time over the variant's, errors of both) where both were timed."""
+    rows = {(row["shape"], row["operands"], row["variant"]): row for row in study["rows"] if row["ms"]}
+    found = {}
+    for (shape, operands, name), row in rows.items():
+        other = rows.get((shape, operands, beside))
+        if name == variant.format(operands) and other:
+            found[f"{shape}, {operands}"] = other["ms"] / row["ms"], row["error"], other["error"]
+    return found
+
+
+def _accumulators(study: Row | None) -> tuple[str, str]:
+    found = gains(study, "this package's, {} sums", "this package's, fp32 sums") if study else {}
+    return _gained(found, "FP32 sums' time over 16-bit sums' (and their errors)")
+
+
+def _sparse(study: Row | None) -> tuple[str, str]:
+    found = gains(study, "PyTorch's, 2:4 sparse", "PyTorch's, fp32 sums") if study else {}
+    text, verdict = _gained(found, "dense products' time over sparse ones' (and errors by pruning random weights)")
+    trained = [row for row in (study or {}).get("trained", []) if row["status"] == "ok"]
+    if verdict == "open" or not trained:
+        return text, verdict
+    force = {
+        mode: np.array([r["force_rmse"] for r in trained if r["mode"] == mode]) for mode in ("fp32", "2:4 linears")
+    }
+    means = ", ".join(f"{mode} {values.mean():.1f}" for mode, values in force.items() if len(values))
+    pruned = study["pruned"]["force_rmse"][0]
+    return f"{text}; a trained model pruned: {pruned:.0f} meV/angstrom; pruned and trained on: {means}", verdict
+
+
+def _gained(found: dict[str, tuple[float, float, float]], head: str) -> tuple[str, str]:
+    if not found:
+        return OPEN
+    said = [f"{name}: {gain:.2f} ({error:.1g}, {other:.1g})" for name, (gain, error, other) in found.items()]
+    paying = [name for name, (gain, _, _) in found.items() if gain >= PAYS]
+    where = f"faster for {'; '.join(paying)}" if paying else "not confirmed"
+    return f"{head}: {'; '.join(said)}", where

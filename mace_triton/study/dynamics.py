@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -163,8 +163,13 @@ def work_out(unit: Unit, plan: Plan, folder: Path) -> None:
     os.replace(scratch, folder / f"{unit.name}.json")
 
 
-def simulate(plan: Plan, folder: Path, device: str, workers: int, console: Console) -> dict[Unit, str]:
-    """Run what is missing, several at a time, dealt out to all GPUs; why those that failed did."""
+def simulate(
+    plan: Plan, folder: Path, device: str, workers: int, console: Console, keep: Callable[[dict[Unit, str]], object]
+) -> dict[Unit, str]:
+    """Run what is missing, several at a time, dealt out to all GPUs; why those that failed did.
+
+    keep: called with these whenever a run has ended, so that a study that is cut off leaves its results.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for seed in range(1, plan.replicas + 1):
         start = folder / f"start-{seed}.extxyz"
@@ -187,13 +192,21 @@ def simulate(plan: Plan, folder: Path, device: str, workers: int, console: Conso
     with Progress(*columns, console=console) as bar, ThreadPoolExecutor(workers) as pool:
         task = bar.add_task("steps", total=total)
         jobs = {unit: pool.submit(whole, unit, number) for number, unit in enumerate(todo)}
-        while not all(job.done() for job in jobs.values()):
+        open_jobs = set(jobs.values())
+        while open_jobs:
             bar.update(task, completed=sum(done(unit, plan, folder) for unit in units_of(plan)))
-            wait(jobs.values(), timeout=2)
+            ended, open_jobs = wait(open_jobs, timeout=2, return_when=FIRST_COMPLETED)
+            if ended and open_jobs:
+                keep(_reasons(jobs))
         bar.update(task, completed=sum(done(unit, plan, folder) for unit in units_of(plan)))
     if processes:
         processes.shutdown()
-    return {unit: job.result() for unit, job in jobs.items() if job.result()}
+    return _reasons(jobs)
+
+
+def _reasons(jobs: dict[Unit, Future]) -> dict[Unit, str]:
+    """Of the runs that have failed by now."""
+    return {unit: job.result() for unit, job in jobs.items() if job.done() and job.result()}
 
 
 def apart(processes: Executor | None, call: Callable[..., None], *arguments: object) -> None:
@@ -338,22 +351,20 @@ def comparisons(rows: list[Row]) -> Iterator[Row]:
 
 def run(plan: Plan, runs: Path, folder: Path, device: str, workers: int, quick: bool, console: Console) -> Path:
     """The study; see the head of this file. Returns where its results are."""
-    failed = simulate(plan, runs, device, workers, console)
-    rows: list[Row] = []
-    for unit in units_of(plan):
-        head = {"ensemble": unit.ensemble, "policy": Path(unit.policy).stem, "seed": unit.seed}
-        found = given(unit, plan, runs)
-        if found is None:
-            console.print(f"{unit.name} failed: {failed.get(unit, 'it did not end')}", highlight=False, soft_wrap=True)
-            continue
-        rows.append(head | {"observables": found["observables"], "curves": found["curves"]})
-    about = {
-        "model": plan.model,
-        "steps": plan.steps,
-        "every": plan.every,
-        "atoms": 3 * plan.side**3,
-        "bins": list(centres()),
-    }
-    reasons = {unit.name: reason for unit, reason in failed.items()}
-    beside = list(comparisons(rows))
-    return save("md", folder, torch.device(device), quick=quick, **about, failed=reasons, comparisons=beside, rows=rows)
+    about = {"model": plan.model, "steps": plan.steps, "every": plan.every, "atoms": 3 * plan.side**3}
+    about |= {"quick": quick, "bins": list(centres())}
+
+    def keep(failed: dict[Unit, str]) -> Path:
+        rows: list[Row] = []
+        for unit in units_of(plan):
+            head = {"ensemble": unit.ensemble, "policy": Path(unit.policy).stem, "seed": unit.seed}
+            found = given(unit, plan, runs)
+            if found:
+                rows.append(head | {"observables": found["observables"], "curves": found["curves"]})
+        more = {"failed": {unit.name: reason for unit, reason in failed.items()}}
+        return save("md", folder, torch.device(device), **about, **more, comparisons=list(comparisons(rows)), rows=rows)
+
+    failed = simulate(plan, runs, device, workers, console, keep)
+    for unit, reason in failed.items():
+        console.print(f"{unit.name} failed: {reason}", highlight=False, soft_wrap=True)
+    return keep(failed)

@@ -12,12 +12,16 @@ import numpy as np
 from .claims import above_fp32, verdicts
 from .precision import BLOCKS, E3NN
 from .search import CHOICES
-from .store import Row, load
+from .store import Row, load, mean_interval
 
 HEADS = {
     "models": "The medium water model, three seeds",
+    "profile": "Energy and forces by backend",
+    "blocks": "Blocks by backend",
     "search": "The fastest policy within a budget",
     "training": "The same training under several precisions",
+    "accumulation": "16-bit accumulators and 2:4 sparsity",
+    "sparse": "2:4 sparse linears in a model",
     "md": "Dynamics of water",
 }
 
@@ -52,10 +56,15 @@ def sections(studies: dict[str, dict]) -> Iterator[Section]:
     if "precision" in studies:
         yield from _errors(studies["precision"])
         yield _times(studies["precision"])
+    if "profile" in studies:
+        yield from _wholes(studies["profile"])
+        yield _blocks(studies["profile"])
     if "search" in studies:
         yield _search(studies["search"])
     if "training" in studies:
         yield _training(studies["training"])
+    if "accumulation" in studies:
+        yield from _accumulation(studies["accumulation"])
     if "md" in studies:
         yield from _dynamics(studies["md"])
     lines = [[name, *(str(part) for part in _where(study["environment"]))] for name, study in studies.items()]
@@ -112,6 +121,60 @@ def _times(study: Row) -> Section:
     return "Steps of the engine, water", head, lines, "Wall time of a step among others like it, forces and stress."
 
 
+def _wholes(study: Row) -> Iterator[Section]:
+    """A table for each l."""
+    done = [row for row in study["wholes"] if row["status"] == "ok"]
+    sizes = sorted({row["atoms"] for row in done})
+    each = ("wall, ms", "host", "GPU", "launches", "e3nn's over it")
+    for level in dict.fromkeys(row["l"] for row in study["wholes"]):
+        found = {(row["backend"], row["precision"], row["atoms"]): row for row in done if row["l"] == level}
+        plain = {atoms: found.get(("e3nn", "fp32", atoms)) for atoms in sizes}
+        failed = {(r["backend"], r["precision"]): r for r in study["wholes"] if r["l"] == level and r["status"] != "ok"}
+        keys = dict.fromkeys((row["backend"], row["precision"]) for row in study["wholes"] if row["l"] == level)
+        lines = []
+        for key in keys:
+            cells = [c for atoms in sizes for c in _whole(found.get((*key, atoms)), plain[atoms])]
+            lines.append([*key, *cells, failed[key]["status"] if key in failed else ""])
+        head = ["backend", "precision", *(f"{name} ({atoms})" for atoms in sizes for name in each), "failed"]
+        said = (
+            f"Water of {' and '.join(map(str, sizes))} atoms, {study['channels']} channels, features and harmonics to "
+        )
+        said += f"l = {level}, r_max {study['r_max']:g} angstrom. Forces gated by e3nn FP64. Last column of a size: "
+        said += "e3nn's FP32 wall time over this one."
+        yield f"{HEADS['profile']}, l = {level}", head, lines, said
+
+
+def _whole(row: Row | None, plain: Row | None) -> list[str]:
+    if row is None:
+        return [""] * 5
+    gpu = ["", ""] if row["gpu"] is None else [f"{row['gpu']:.3g}", str(row["launches"])]
+    ratio = "" if plain is None else f"{plain['wall'] / row['wall']:.2f}"
+    return [f"{row['wall']:.3g}", f"{row['host']:.3g}", *gpu, ratio]
+
+
+def _blocks(study: Row) -> Section:
+    levels = list(dict.fromkeys(row["l"] for row in study["blocks"]))
+    found = {(row["block"], row["backend"], row["precision"], row["l"]): row for row in study["blocks"]}
+    lines = []
+    for key in sorted({key[:3] for key in found}, key=lambda key: [*found].index((*key, levels[0]))):
+        cells = [_block(found.get((*key, level)), side) for level in levels for side in ("forward", "backward")]
+        lines.append([*key, *cells])
+    lines.sort(key=lambda line: [*dict.fromkeys(row["block"] for row in study["blocks"])].index(line[0]))
+    head = ["block", "backend", "precision", *(f"{side}, l = {n}" for n in levels for side in ("forward", "backward"))]
+    atoms = max((row["atoms"] for row in study["blocks"]), default=0)
+    said = (
+        f"ms on the GPU / on the host until queued, {atoms} atoms, each block alone on what it gets inside the model."
+    )
+    return HEADS["blocks"], head, lines, said
+
+
+def _block(row: Row | None, side: str) -> str:
+    if row is None or row[side] is None:
+        return ""
+    gpu = row[side]["gpu"]
+    return f"{'' if gpu is None else f'{gpu:.3g}'} / {row[side]['host']:.2g}"
+
+
 def _search(study: Row) -> Section:
     words = tuple(CHOICES)
     rows = sorted(study["rows"], key=lambda row: row["ms"])
@@ -147,20 +210,44 @@ def _training(study: Row) -> Section:
     return HEADS["training"], head, lines, said
 
 
+def _accumulation(study: Row) -> Iterator[Section]:
+    head = ["product", "operands", "variant", "ms", "error of sums", "whole error"]
+    lines = []
+    for row in study["rows"]:
+        ms = "" if row["ms"] is None else f"{row['ms']:.3g}"
+        errors = (f"{row[key]:.1e}" for key in ("error_of_sums", "error"))
+        lines.append([row["shape"], row["operands"], row["variant"], ms, *errors])
+    said = (
+        f"Shapes of a medium model, {study['atoms']} atoms of water; random numbers. Errors relative to FP64, of the "
+    )
+    said += "operands as they are rounded (and pruned), and as they were."
+    yield HEADS["accumulation"], head, lines, said
+    thin = study["pruned"]
+    lines = [[f"{thin['model']}, pruned", _with_ends(thin["force_rmse"]), _with_ends(thin["energy_rmse"]), ""]]
+    done = [row for row in study["trained"] if row["status"] == "ok"]
+    for mode in dict.fromkeys(row["mode"] for row in done):
+        rows = [row for row in done if row["mode"] == mode]
+        force, energy = (mean_interval(np.array([r[key] for r in rows])) for key in ("force_rmse", "energy_rmse"))
+        lines.append([f"student, {mode}", _with_ends(force, 3), _with_ends(energy), str(len(rows))])
+    head = ["model", "force rmse, meV/angstrom", "energy rmse, meV/atom", "seeds"]
+    said = "Pruned: against itself, a shift of all energies left out, nothing trained after. Students: against their "
+    said += f"teacher, {study.get('steps')} steps, pruned half-way."
+    yield HEADS["sparse"], head, lines, said
+
+
 def _dynamics(study: Row) -> Iterator[Section]:
     """A table for each ensemble."""
     for ensemble in dict.fromkeys(row["ensemble"] for row in study["comparisons"]):
         lines = []
         for row in (row for row in study["comparisons"] if row["ensemble"] == ensemble):
             name = f"{row['observable']}, {row['unit']}" if row["unit"] else row["observable"]
-            cells = [name, row["policy"], _with_ends(row["mean"], 4)]
+            cells = [name, row["policy"], str(row["replicas"]), _with_ends(row["mean"], 4)]
             if row["policy"] != "fp64":
                 p = "" if row["p"] is None else f"{row['p']:.1g}"
                 cells += [_with_ends(row["difference"]), f"{row['margin']:g}", p, row["verdict"]]
-            lines.append([*cells, *[""] * (7 - len(cells))])
-        head = ["observable", "policy", "mean", "less FP64's", "margin", "p of TOST", "verdict"]
-        replicas = max(row["replicas"] for row in study["comparisons"])
-        runs = f"{replicas} replicas of {study['steps']} steps of 0.5 fs"
+            lines.append([*cells, *[""] * (8 - len(cells))])
+        head = ["observable", "policy", "replicas", "mean", "less FP64's", "margin", "p of TOST", "verdict"]
+        runs = f"replicas of {study['steps']} steps of 0.5 fs"
         said = f"{study['model']}, {study['atoms']} atoms, {runs}. 95 % intervals."
         yield f"{HEADS['md']}: {ensemble.upper()}", head, lines, said
 

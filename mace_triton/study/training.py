@@ -12,6 +12,7 @@ but for its symmetric contraction, which does not run under it.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -37,6 +38,7 @@ from ..models import build_model, train_water
 from ..precision import PRESETS
 from . import structures
 from .precision import by_engine
+from .sparsity import linear_masks, prune_linears
 from .store import Row, save
 
 SIXTEEN = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,7 +49,7 @@ class Mode:
     """How one training computes and stores its weights.
 
     compute: a preset, or "autocast", which is plain MACE. weights: "fp32", or "bf16", "fp16"; stochastic: how they are
-    rounded; masters: whether FP32 ones are kept beside them.
+    rounded; masters: whether FP32 ones are kept beside them. sparse: linears are pruned 2:4 half-way, for good.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Mode:
     weights: str = "fp32"
     stochastic: bool = False
     masters: bool = False
+    sparse: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,6 +72,8 @@ MODES = (
     Mode("bf16 weights, fp32 masters", weights="bf16", masters=True),
     Mode("autocast bf16", compute="autocast"),
 )
+SPARSE_MODES = (Mode("fp32"), Mode("2:4 linears", sparse=True))
+"""Of the study of accumulation."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,6 @@ class Size:
     train: int = 160
     held: int = 40
     every: int = 200
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     side: int = 4
     shape: tuple[tuple[str, object], ...] = (
         ("hidden_irreps", "32x0e + 32x1o"),
@@ -89,7 +93,7 @@ class Size:
     )
 
 
-QUICK = Size(12, 2, 4, 2, 6, (1, 2), 2, tuple(train_water.QUICK.items()))
+QUICK = Size(12, 2, 4, 2, 6, 2, tuple(train_water.QUICK.items()))
 
 
 def nearest(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -223,11 +227,15 @@ def train(mode: Mode, seed: int, data: Data, architecture: dict, size: Size, dev
         loss = train_water.make_loss(settings.weights_stage_one).to(device)
         curve, began = [], time.perf_counter()
         batches = _forever(train_water.loader(graphs[: data.train], size.batch, shuffle=True))
+        masks: dict[str, torch.Tensor] = {}
         for step, batch in zip(range(1, size.steps + 1), batches, strict=False):
             lr = train_water.learning_rate(step / size.steps, settings)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             take_step(model, loss, batch, optimizer, None, train_water.TARGETS, settings.clip_grad, device)
+            if mode.sparse and 2 * step >= size.steps:
+                masks = masks or linear_masks(model)
+                prune_linears(model, masks)
             if step % size.every == 0:
                 curve.append({"step": step, **errors_of(_plain(model, architecture), held, device)})
     seconds = time.perf_counter() - began
@@ -286,21 +294,35 @@ def trainings(todo: list[tuple[Mode, int]], workers: int, device: str, *common: 
             yield jobs[job], job.result()
 
 
-def run(model: str, folder: Path, device: str, workers: int, quick: bool, console: Console) -> Path:
-    """The study; see the head of this file. Returns where its results are. Raises ValueError for no workers."""
-    if workers < 1:
-        raise ValueError(f"--workers must be at least 1, got {workers}")
+def run(
+    model: str, folder: Path, device: str, seeds: tuple[int, ...], workers: int, quick: bool, console: Console
+) -> Path:
+    """The study; see the head of this file. Rows of other seeds, of a study like this one, stay in the results.
+
+    Returns where these are. Raises ValueError for no workers, or no seeds.
+    """
+    if workers < 1 or not seeds:
+        raise ValueError(f"--workers must be at least 1, and --seeds hold one at least, got {workers}, {seeds}")
     size = QUICK if quick else Size()
     data = taught(model, size, device, quick)
     architecture = architecture_of(data, size)
-    todo = [(mode, seed) for seed in size.seeds for mode in MODES]
-    about = {"data": data.source, "architecture": architecture, "steps": size.steps, "batch": size.batch}
+    todo = [(mode, seed) for seed in seeds for mode in MODES]
+    about = {"model": model, "steps": size.steps, "batch": size.batch, "quick": quick}
+    kept = [row for row in earlier(folder, about) if row["seed"] not in seeds]
     rows: dict[int, Row] = {}
     ended = trainings(todo, workers, device, data, architecture, size)
     for place, row in track(ended, description="trainings", total=len(todo), console=console):
         rows[place] = row
         told = f"{row['force_rmse']:.2f} meV/angstrom" if row["status"] == "ok" else row["reason"]
         console.print(f"{row['mode']}, seed {row['seed']}: {told}", highlight=False, soft_wrap=True)
-        done = [rows[place] for place in sorted(rows)]
-        path = save("training", folder, torch.device(device), quick=quick, **about, rows=done)
+        found = kept + [rows[place] for place in sorted(rows)]
+        more = {"data": data.source, "architecture": architecture, "rows": found}
+        path = save("training", folder, torch.device(device), **about, **more)
     return path
+
+
+def earlier(folder: Path, about: Row) -> list[Row]:
+    """Rows of results in a folder whose head is the same."""
+    path = folder / "training.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    return found["rows"] if found and all(found.get(key) == value for key, value in about.items()) else []
