@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from .dynamics import comparisons
 from .store import Row, mean_interval
 
 STILL = 1e-4
@@ -138,18 +139,18 @@ def _weights(study: Row | None) -> tuple[str, str]:
 
 def _dynamics(study: Row | None) -> tuple[str, str]:
     """Equivalence with FP64 within the margins, and differences that the replicas show."""
-    if study is None or not study["comparisons"] or study["comparisons"][0]["p"] is None:
+    found = list(comparisons(study["rows"])) if study else []
+    if not any(row["p"] is not None for row in found):
         return OPEN
     said, verdict = [], []
-    for policy in dict.fromkeys(row["policy"] for row in study["comparisons"] if row["policy"] not in ("fp64", "fp32")):
-        rows = [row for row in study["comparisons"] if row["policy"] == policy]
+    for policy in dict.fromkeys(row["policy"] for row in found if row["policy"] != "fp64"):
+        rows = [row for row in found if row["policy"] == policy]
         equal = [row for row in rows if row["verdict"] == "equivalent"]
         apart = [f"{row['observable']} ({row['ensemble']})" for row in rows if row["verdict"] == "different"]
+        unsure = [f"{row['observable']} ({row['ensemble']})" for row in rows if row["verdict"] == "undecided"]
         said.append(f"{policy} equivalent to FP64 in {len(equal)} of {len(rows)}")
-        shown = (
-            f"different in {', '.join(apart)}" if apart else "no" if len(equal) == len(rows) else "undecided in some"
-        )
-        verdict.append(f"{policy}: " + ("confirmed" if shown == "no" else shown))
+        shown = f"undecided in {', '.join(unsure)}" if unsure else "confirmed"
+        verdict.append(f"{policy}: " + (f"different in {', '.join(apart)}" if apart else shown))
     return "; ".join(said), "; ".join(verdict)
 
 

@@ -4,7 +4,8 @@ Every policy runs the same replicas (start, velocities and seed alike) of NVT an
 `mace-triton md`, whose integrators are ASE's. A replica gives one mean of each observable, its first part left out;
 replicas are independent, so intervals are Student's t over them. A policy is equivalent to FP64 where two one-sided
 Welch tests (TOST: Schuirmann, J. Pharmacokinet. Biopharm. 15, 657) reject, at 5 %, a difference beyond a margin that is
-set beforehand, in `OBSERVABLES`; different where the 95 % interval of the difference leaves out zero.
+set beforehand, in `OBSERVABLES`; different where Welch's test of no difference rejects at 5 % divided by the number of
+observables that a policy is compared in (Bonferroni), as of so many one seems different by chance.
 
 Runs lie in a folder of their own; what an ended one gives is written beside it as RUN.json, behind which its trajectory
 is not needed any more. A study that is started again takes those that have ended as they are, goes on with those that
@@ -67,6 +68,7 @@ OBSERVABLES = {
     "diffusion": Observable("1e-5 cm^2/s", 0.5, ("nvt",)),
     "drift": Observable("meV/atom/ns", 5.0, ("nve",)),
 }
+COMPARED = sum(len(observable.ensembles) for observable in OBSERVABLES.values())
 
 
 @dataclass(frozen=True)
@@ -313,7 +315,10 @@ def diffusion(frames: list[ase.Atoms], picoseconds: float) -> float:
 
 
 def compared(values: np.ndarray, exact: np.ndarray, margin: float) -> Row:
-    """A policy's replicas beside FP64's: mean and interval, difference and interval, TOST's p, verdict."""
+    """A policy's replicas beside FP64's: mean and interval, difference and interval, TOST's p, verdict.
+
+    margin: see `Observable`. Intervals are of 95 %, whatever they are many of.
+    """
     values, exact = np.asarray(values, dtype=float), np.asarray(exact, dtype=float)
     difference = float(values.mean() - exact.mean())
     row: Row = {"mean": mean_interval(values), "difference": (difference, None, None)}
@@ -328,7 +333,8 @@ def compared(values: np.ndarray, exact: np.ndarray, margin: float) -> Row:
     half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
     p = max(stats.t.sf((margin + side * difference) / error, freedom) for side in (1, -1))
     row["difference"] = (difference, difference - half, difference + half)
-    open_verdict = "different" if abs(difference) > half else "undecided"
+    chance = 2 * float(stats.t.sf(abs(difference) / error, freedom))
+    open_verdict = "different" if chance < (1 - LEVEL) / COMPARED else "undecided"
     return row | {"p": float(p), "verdict": "equivalent" if p < 1 - LEVEL else open_verdict}
 
 
@@ -362,7 +368,7 @@ def run(plan: Plan, runs: Path, folder: Path, device: str, workers: int, quick: 
             if found:
                 rows.append(head | {"observables": found["observables"], "curves": found["curves"]})
         more = {"failed": {unit.name: reason for unit, reason in failed.items()}}
-        return save("md", folder, torch.device(device), **about, **more, comparisons=list(comparisons(rows)), rows=rows)
+        return save("md", folder, torch.device(device), **about, **more, rows=rows)
 
     failed = simulate(plan, runs, device, workers, console, keep)
     for unit, reason in failed.items():

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from .claims import above_fp32, verdicts
+from .dynamics import comparisons
 from .precision import BLOCKS, E3NN
 from .search import CHOICES
 from .store import Row, load, mean_interval
@@ -237,9 +238,10 @@ def _accumulation(study: Row) -> Iterator[Section]:
 
 def _dynamics(study: Row) -> Iterator[Section]:
     """A table for each ensemble."""
-    for ensemble in dict.fromkeys(row["ensemble"] for row in study["comparisons"]):
+    found = list(comparisons(study["rows"]))
+    for ensemble in dict.fromkeys(row["ensemble"] for row in found):
         lines = []
-        for row in (row for row in study["comparisons"] if row["ensemble"] == ensemble):
+        for row in (row for row in found if row["ensemble"] == ensemble):
             name = f"{row['observable']}, {row['unit']}" if row["unit"] else row["observable"]
             cells = [name, row["policy"], str(row["replicas"]), _with_ends(row["mean"], 4)]
             if row["policy"] != "fp64":
