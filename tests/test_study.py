@@ -343,6 +343,16 @@ def test_weights_are_stored_as_the_mode_says(mode):
         assert moved < 0.5 * 200 * 1e-4 or mode.weights == "fp16"
 
 
+@pytest.mark.parametrize(
+    ("words", "message"), [(("--workers", "0"), "--workers must be at least 1"), (("--seeds", "1;2"), "--seeds takes")]
+)
+@pytest.mark.parametrize("name", ["training", "accumulation"])
+def test_options_of_trainings_that_cannot_be(name, words, message):
+    done = study(name, *words, "--device", "cpu")
+    assert done.exit_code != 0
+    assert message in " ".join(done.output.split())
+
+
 def test_a_small_training_study(tmp_path, monkeypatch, reference_path):
     names = ("fp32", "bf16 weights", "autocast bf16")
     monkeypatch.setattr(training, "QUICK", replace(training.QUICK, steps=4, every=4, train=2))

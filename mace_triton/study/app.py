@@ -17,6 +17,9 @@ console = Console()
 Out = Annotated[Path, typer.Option(help="Folder of results.")]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:N or cpu; default: a GPU if there is one.")]
 Data = Annotated[Path | None, typer.Option(help="The training data (npz): adds its held-out frames.")]
+Teacher = Annotated[str, typer.Option(help="'water' or 'water-medium' (shipped).")]
+Seeds = Annotated[str, typer.Option(help="Of the trainings, by commas.")]
+Workers = Annotated[int, typer.Option(help="Trainings at a time; they share the GPUs.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Toy sizes, for a CPU: minutes, and no results to keep.")]
 
 
@@ -28,12 +31,14 @@ def check_water(model: str) -> None:
         raise ValueError(f"--model: this study is of water: one of {', '.join(SHIPPED)}, got {model!r}")
 
 
-def numbers_of(option: str, words: str) -> tuple[int, ...]:
-    """Whole numbers between commas. Raises ValueError naming the option."""
+def seeds_of(words: str, workers: int) -> tuple[int, ...]:
+    """Whole numbers between commas. Raises ValueError naming the option, also for no workers."""
+    if workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {workers}")
     try:
         return tuple(int(word) for word in words.split(","))
     except ValueError:
-        raise ValueError(f"{option} takes whole numbers between commas, got {words!r}") from None
+        raise ValueError(f"--seeds takes whole numbers between commas, got {words!r}") from None
 
 
 @app.command()
@@ -102,29 +107,29 @@ def md(
 
 @app.command()
 def training(
-    model: Annotated[str, typer.Option(help="Teacher: 'water' or 'water-medium' (shipped).")] = "water-medium",
-    seeds: Annotated[str, typer.Option(help="By commas; results of others stay where they are.")] = "1,2,3,4,5",
-    workers: Annotated[int, typer.Option(help="Trainings at a time; they share the GPUs.")] = 1,
+    model: Teacher = "water-medium",
+    seeds: Seeds = "1,2,3,4,5",
+    workers: Workers = 1,
     out: Out = FOLDER,
     device: Device = None,
     quick: Quick = False,
 ) -> None:
-    """The same toy training under several precisions of compute and of stored weights, several seeds each."""
+    """The same toy training under several precisions of compute and of stored weights. Results of other seeds stay."""
     with one_line_errors():
         from ..calculator import check_device
         from .training import run
 
         check_water(model)
-        numbers = numbers_of("--seeds", "1,2" if quick else seeds)
+        numbers = seeds_of("1,2" if quick else seeds, workers)
         path = run(model, out, check_device(device), numbers, workers, quick, console)
     console.print(f"results: {path}; `mace-triton study report` turns them into a page", highlight=False)
 
 
 @app.command()
 def accumulation(
-    model: Annotated[str, typer.Option(help="'water' or 'water-medium' (shipped).")] = "water-medium",
-    seeds: Annotated[str, typer.Option(help="Of the trainings, by commas.")] = "1,2,3,4,5",
-    workers: Annotated[int, typer.Option(help="Trainings at a time; they share the GPUs.")] = 1,
+    model: Teacher = "water-medium",
+    seeds: Seeds = "1,2,3,4,5",
+    workers: Workers = 1,
     out: Out = FOLDER,
     device: Device = None,
     quick: Quick = False,
@@ -135,7 +140,7 @@ def accumulation(
         from .accumulation import run
 
         check_water(model)
-        numbers = numbers_of("--seeds", "1" if quick else seeds)
+        numbers = seeds_of("1" if quick else seeds, workers)
         path = run(model, out, check_device(device), numbers, workers, quick, console)
     console.print(f"results: {path}; `mace-triton study report` turns them into a page", highlight=False)
 

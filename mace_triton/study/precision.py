@@ -120,16 +120,17 @@ def milliseconds(call: Callable[[], object], device: torch.device, steps: int = 
     call()
     found = []
     for _ in range(REPEATS):
-        _wait(device)
+        wait_for(device)
         began = time.perf_counter()
         for _ in range(steps):
             call()
-        _wait(device)
+        wait_for(device)
         found.append(1e3 * (time.perf_counter() - began) / steps)
     return float(np.median(found)), min(found), max(found)
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Until it has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -34,7 +34,7 @@ from ..engine import Engine
 from ..precision import PRESETS
 from ..water import water_box
 from . import backends
-from .precision import milliseconds
+from .precision import milliseconds, wait_for
 from .store import Row, save
 
 ELEMENTS = (1, 8)
@@ -175,24 +175,19 @@ def on_host(call: Callable[[], object], device: torch.device, calls: int = 7) ->
     """Median ms until Python has queued a call, the device idle before."""
     found = []
     for _ in range(calls):
-        _wait(device)
+        wait_for(device)
         began = time.perf_counter()
         call()
         found.append(1e3 * (time.perf_counter() - began))
-    _wait(device)
+    wait_for(device)
     return float(np.median(found))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def timed(call: Callable[[], object], device: torch.device) -> Row:
     """ms on the wall with the least and most of its repeats, on the host and on the GPU, and the number of kernels."""
     for _ in range(3 if device.type == "cuda" else 1):  # TorchScript specialises in the second call
         call()
-    once = max(on_host(lambda: (call(), _wait(device)), device, 2), 1e-3)
+    once = max(on_host(lambda: (call(), wait_for(device)), device, 2), 1e-3)
     steps = int(np.clip(1e3 * SPENT / once, 1, 20)) if device.type == "cuda" else 1
     wall, *ends = milliseconds(call, device, steps)
     gpu, launches = on_gpu(call, min(steps, 5))

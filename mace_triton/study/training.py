@@ -299,10 +299,8 @@ def run(
 ) -> Path:
     """The study; see the head of this file. Rows of other seeds, of a study like this one, stay in the results.
 
-    Returns where these are. Raises ValueError for no workers, or no seeds.
+    Returns where these are.
     """
-    if workers < 1 or not seeds:
-        raise ValueError(f"--workers must be at least 1, and --seeds hold one at least, got {workers}, {seeds}")
     size = QUICK if quick else Size()
     data = taught(model, size, device, quick)
     architecture = architecture_of(data, size)
