@@ -270,11 +270,12 @@ def test_search_writes_a_policy_that_runs(tmp_path, monkeypatch, reference_path)
     monkeypatch.setattr(search, "milliseconds", lambda *_: 3 * [next(times)])
     ase.io.write(tmp_path / "w.xyz", [water_box(1, seed=seed) for seed in range(3)])
     policy = tmp_path / "mine.json"
-    done = study("search", "water", tmp_path / "w.xyz", "--frames", 2, "--policy", policy, "--out", tmp_path / "s")
+    done = study("search", "water", tmp_path / "w.xyz", "--quick", "--policy", policy, "--out", tmp_path / "s")
     assert done.exit_code == 0, done.output
     found = Precision.parse(policy)
     assert found == replace(PRESETS["fp32"], name="mine", tensor_product="bf16")
     document = store.load(tmp_path / "s")["search"]
+    assert document["quick"]
     assert [row["words"]["tensor_product"] for row in document["rows"]] == ["fp32", "bf16"]
     assert document["found"]["force_rmse"] > 10 * document["rows"][0]["force_rmse"] > 0
     calculator = mt.MACETritonCalculator("water", precision=str(policy), device="cpu")

@@ -158,6 +158,7 @@ def search(
     copies: Annotated[int, typer.Option(help="Steps are timed on the last frame, repeated so often each way.")] = 1,
     out: Out = FOLDER,
     device: Device = None,
+    quick: Quick = False,
 ) -> None:
     """The fastest policy whose errors against FP64 stay within a budget."""
     with one_line_errors():
@@ -170,10 +171,10 @@ def search(
         limits = Limits(energy, force)
         if policy.suffix != ".json":
             raise ValueError(f"--policy: a policy file ends in .json, got {policy}")
-        read = ase.io.read(structure, index=f"-{frames}:")
+        read = ase.io.read(structure, index=f"-{2 if quick else frames}:")
         device = check_device(device)
         plain = load(model, device, torch.float64)[0].double().eval()
-        found = run(plain, grouped(read), read[-1].repeat(copies), limits, policy, out, console)
+        found = run(plain, grouped(read), read[-1].repeat(copies), limits, policy, out, quick, console)
     console.print(f"{found}\nwritten to {policy}: use it as --precision {policy}", highlight=False, soft_wrap=True)
 
 

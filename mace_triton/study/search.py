@@ -141,6 +141,7 @@ def run(
     limits: Limits,
     out: Path,
     folder: Path,
+    quick: bool,
     console: Console,
 ) -> Precision:
     """Search, write the policy to `out` and all trials to FOLDER/search.json.
@@ -158,6 +159,7 @@ def run(
         "search",
         folder,
         trials.device,
+        quick=quick,
         limits=asdict(limits),
         atoms=len(timed),
         found=row | {"words": asdict(best)},
