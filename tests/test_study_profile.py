@@ -136,12 +136,12 @@ def test_training_goes_on_with_the_mask(monkeypatch, reference_path):
 def test_16_bit_sums_err_more_than_fp32_sums(monkeypatch):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(accumulation, "shapes", lambda atoms, edges: {"linear": (40, 192, 96)})
-    rows = [*accumulation.products(0, 0, device), *accumulation.tensor_products(2, 4, 1.6, device)]
+    words = ("bf16", "fp16") if device.type == "cuda" else ("fp16",)  # the interpreter is slow, and poor at bf16
+    monkeypatch.setattr(accumulation, "WORDS", {word: accumulation.WORDS[word] for word in words})
+    rows = [*accumulation.products(0, 0, device), *accumulation.tensor_products(2, 4, 1.1, device)]
     found = {(row["shape"], row["operands"], row["variant"]): row for row in rows}
     for shape in ("linear", "conv_tp, forward"):
-        for word in ("bf16", "fp16"):
-            if (shape, word) == ("conv_tp, forward", "bf16") and device.type != "cuda":
-                continue
+        for word in words:
             single = found[shape, word, "this package's, fp32 sums"]
             short = found[shape, word, f"this package's, {word} sums"]
             assert single["error_of_sums"] < short["error_of_sums"] < 0.05
