@@ -62,7 +62,7 @@ def test_equivalence_needs_margin_and_replicas():
     assert dynamics.compared([1.0, 1.0], [1.0, 1.0], 0.1)["verdict"] == "equivalent"
 
 
-def test_a_small_study_of_dynamics_goes_on(tmp_path, reference_path):
+def test_a_small_study_of_dynamics_goes_on(tmp_path, monkeypatch, reference_path):
     plan = dynamics.Plan("water", ("fp64", "fp32"), ("nvt",), 1, 16, 2, 2)
     runs, first = tmp_path / "runs", dynamics.Unit("nvt", "fp64", 1)
     quiet = Console(quiet=True)
@@ -95,6 +95,12 @@ def test_a_small_study_of_dynamics_goes_on(tmp_path, reference_path):
         trajectory.unlink()  # what it gave is written down
     dynamics.run(plan, runs, tmp_path, "cpu", 1, True, quiet)
     assert store.load(tmp_path)["md"]["rows"] == found["rows"]
+    monkeypatch.setattr(dynamics, "run_one", lambda *_: pytest.fail("what the results hold is run again"))
+    dynamics.run(plan, tmp_path / "empty", tmp_path, "cpu", 1, True, quiet)
+    assert store.load(tmp_path)["md"]["rows"] == found["rows"]
+    longer = {"model": "water", "steps": 32}
+    dynamics.recall(dynamics.replace(plan, steps=32), tmp_path / "longer", tmp_path / "md.json", longer)
+    assert not (tmp_path / "longer").exists()
     report.write(tmp_path)
     assert "Dynamics of water: NVT" in (tmp_path / "README.md").read_text()
 

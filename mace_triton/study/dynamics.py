@@ -8,8 +8,8 @@ set beforehand, in `OBSERVABLES`; different where Welch's test of no difference 
 observables that a policy is compared in (Bonferroni), as of so many one seems different by chance.
 
 Runs lie in a folder of their own; what an ended one gives is written beside it as RUN.json, behind which its trajectory
-is not needed any more. A study that is started again takes those that have ended as they are, goes on with those that
-were cut off, and runs the others.
+is not needed any more. A study that is started again takes from there, or from earlier results of the same plan, what
+has ended, goes on with runs that were cut off, and runs the others.
 """
 
 from __future__ import annotations
@@ -158,11 +158,29 @@ def given(unit: Unit, plan: Plan, folder: Path) -> Row | None:
 
 
 def work_out(unit: Unit, plan: Plan, folder: Path) -> None:
-    """Write what a run gives beside it, whole or not at all."""
+    """Write what a run gives beside it."""
     values, curves = observables(unit, folder)
+    note(unit, plan, folder, {"observables": values, "curves": curves})
+
+
+def note(unit: Unit, plan: Plan, folder: Path, found: Row) -> None:
+    """Write RUN.json, whole or not at all."""
     scratch = folder / f"{unit.name}.tmp"
-    scratch.write_text(json.dumps({"steps": plan.steps, "observables": values, "curves": curves}))
+    scratch.write_text(json.dumps({"steps": plan.steps, **found}))
     os.replace(scratch, folder / f"{unit.name}.json")
+
+
+def recall(plan: Plan, runs: Path, results: Path, about: Row) -> None:
+    """Take over what runs gave from earlier results of a study whose head is the same."""
+    found = json.loads(results.read_text()) if results.is_file() else {}
+    if not found or any(found.get(key) != value for key, value in about.items()):
+        return
+    rows = {(row["ensemble"], row["policy"], row["seed"]): row for row in found["rows"]}
+    runs.mkdir(parents=True, exist_ok=True)
+    for unit in units_of(plan):
+        row = rows.get((unit.ensemble, Path(unit.policy).stem, unit.seed))
+        if row and not given(unit, plan, runs):
+            note(unit, plan, runs, {key: row[key] for key in ("observables", "curves")})
 
 
 def simulate(
@@ -370,6 +388,7 @@ def run(plan: Plan, runs: Path, folder: Path, device: str, workers: int, quick: 
         more = {"failed": {unit.name: reason for unit, reason in failed.items()}}
         return save("md", folder, torch.device(device), **about, **more, rows=rows)
 
+    recall(plan, runs, folder / "md.json", about)
     failed = simulate(plan, runs, device, workers, console, keep)
     for unit, reason in failed.items():
         console.print(f"{unit.name} failed: {reason}", highlight=False, soft_wrap=True)
