@@ -231,8 +231,9 @@ def _accumulation(study: Row) -> Iterator[Section]:
         force, energy = (mean_interval(np.array([r[key] for r in rows])) for key in ("force_rmse", "energy_rmse"))
         lines.append([f"student, {mode}", _with_ends(force, 3), _with_ends(energy), str(len(rows))])
     head = ["model", "force rmse, meV/angstrom", "energy rmse, meV/atom", "seeds"]
-    said = "Pruned: against itself, a shift of all energies left out, nothing trained after. Students: against their "
-    said += f"teacher, {study.get('steps')} steps, pruned half-way."
+    said = "Pruned: against itself, a shift of all energies left out, nothing trained after."
+    if done:
+        said += f" Students: against their teacher, {study['steps']} steps, pruned half-way."
     yield HEADS["sparse"], head, lines, said
 
 
