@@ -45,6 +45,8 @@ def test_a_small_profile(tmp_path, monkeypatch, reference_path):
     text = (tmp_path / "README.md").read_text()
     assert "## Energy and forces by backend, l = 1" in text
     assert "| conv_tp | e3nn | fp32 |" in text
+    assert "](profile.svg)" in text
+    assert (tmp_path / "profile.svg").read_text().count("engine fp32") == 1
 
 
 def test_blocks_alone_give_what_they_give_inside():

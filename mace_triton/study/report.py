@@ -39,6 +39,8 @@ def write(folder: Path) -> list[Path]:
     pages = {"README.md": markdown(parts)}
     if "precision" in studies:
         pages["pareto.svg"] = pareto(studies["precision"])
+    if "profile" in studies:
+        pages["profile.svg"] = bars(studies["profile"])
     if "training" in studies:
         pages["training.svg"] = curves(studies["training"])
     if "md" in studies:
@@ -263,6 +265,7 @@ def markdown(parts: list[Section]) -> str:
         lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
         lines += ["", *([below, ""] if below else [])]
     pictures = {"## Steps of the engine": ("pareto.svg", "error against time of a step")}
+    pictures[f"## {HEADS['blocks']}"] = ("profile.svg", "time on the wall and on the GPU by backend")
     pictures[f"## {HEADS['training']}"] = ("training.svg", "learning curves")
     pictures[f"## {HEADS['md']}: NVT"] = ("md.svg", "radial distribution functions")
     for start, (name, alt) in pictures.items():
@@ -307,6 +310,24 @@ def pareto(study: Row) -> str:
         axes.annotate(row["policy"], (row["ms"], value), textcoords="offset points", xytext=(5, 3), fontsize=8)
     axes.set(xlabel=f"step of {atoms} atoms, ms", ylabel="force error, meV/angstrom (rms)", yscale="log")
     axes.set_title(f"{first['model']}, {first['sample']}", fontsize=10)
+    return _svg(pyplot, figure)
+
+
+def bars(study: Row) -> str:
+    """An SVG: wall and GPU time of the largest box by backend and precision, a panel for each l."""
+    pyplot = _pyplot()
+    done = [row for row in study["wholes"] if row["status"] == "ok"]
+    atoms, levels = max(row["atoms"] for row in done), list(dict.fromkeys(row["l"] for row in done))
+    figure, panels = pyplot.subplots(1, len(levels), figsize=(4.5 * len(levels), 5), squeeze=False)
+    for axes, level in zip(panels[0], levels, strict=True):
+        rows = [row for row in done if row["l"] == level and row["atoms"] == atoms][::-1]
+        names = [f"{row['backend']} {row['precision']}" for row in rows]
+        axes.barh(names, [row["wall"] for row in rows], color="#c9d6ea", label="wall")
+        axes.barh(names, [row["gpu"] or 0.0 for row in rows], height=0.4, color="#4c8bf5", label="GPU")
+        axes.set(xscale="log", xlabel="ms", title=f"l = {level}, {atoms} atoms")
+        axes.tick_params(axis="y", labelsize=8)
+    panels[0][0].legend(fontsize=8)
+    figure.tight_layout()
     return _svg(pyplot, figure)
 
 
