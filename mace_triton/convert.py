@@ -416,7 +416,7 @@ def _replacement(
         return RadialNet(module, mode, storage=policy.dtype)  # a density divides: no low precision
     if isinstance(module, RadialMLP):
         return NormNet(module, mode, policy.radial if name.endswith(".conv_tp_weights") else None)
-    mode = policy.readout if name.startswith("readouts.") else mode
+    mode = {"readouts": policy.readout, "products": policy.product}.get(name.partition(".")[0], mode)
     gathered = name in layouts and name.endswith(".linear_up") and not BLOCKS[type(parent)].beside
     return IrrepsLinear(module, mode, layout_in, layout_out, policy.features if gathered else policy.dtype)
 

@@ -47,7 +47,8 @@ class Precision:
     tensor_product: storage of the radial weights that the convolution reads ("fp64", "fp32", "bf16", "fp16").
     radial: operands of the radial network's last layer; None: as `linear`. readout: operands of the readouts; None:
     exact. contraction: storage of what the symmetric contraction reads and writes; features: storage of the node
-    features that the convolution gathers; None: `dtype`, for both.
+    features that the convolution gathers; None: `dtype`, for both. product: operands of the linears behind the
+    contraction, which most of the linears' error in energies comes from; None: as `linear`.
 
     Raises ValueError for an unknown word, or when FP64 is mixed with the others.
     """
@@ -60,9 +61,10 @@ class Precision:
     readout: str | None = None
     contraction: str | None = None
     features: str | None = None
+    product: str | None = None
 
     def __post_init__(self):
-        defaults = {"radial": self.linear, "readout": EXACT.get(self.dtype)}
+        defaults = {"radial": self.linear, "product": self.linear, "readout": EXACT.get(self.dtype)}
         defaults |= {"contraction": self.dtype, "features": self.dtype}
         for field, word in defaults.items():
             if getattr(self, field) is None:
@@ -126,6 +128,7 @@ WORDS = {
     "readout": LINEAR_MODES,
     "contraction": STORAGE,
     "features": STORAGE,
+    "product": LINEAR_MODES,
 }
 """Field of a policy -> what it may be."""
 PRESETS = {

@@ -138,12 +138,12 @@ def test_policies(precision, dtype, mode, storage, device):
 
 @pytest.mark.parametrize("name", ["off-medium", "nonlinear"])
 def test_policies_of_single_blocks(name, device, tmp_path):
-    words = {"radial": "bf16", "readout": "fp16", "contraction": "bf16", "features": "fp16"}
+    words = {"radial": "bf16", "readout": "fp16", "contraction": "bf16", "features": "fp16", "product": "tf32x3"}
     mt.Precision("mine", "fp32", "tf32", "fp32", **words).save(tmp_path / "mine.json")
     fast = mt.accelerate(plain(name, device), tmp_path / "mine.json")
     block, product = fast.interactions[1], fast.products[1]
     assert block.conv_tp_weights.last_mode == "bf16"
-    assert (block.linear_up.mode, product.linear.mode, fast.readouts[0].linear.mode) == ("tf32", "tf32", "fp16")
+    assert (block.linear_up.mode, product.linear.mode, fast.readouts[0].linear.mode) == ("tf32", "tf32x3", "fp16")
     # the non-linear block's residual map reads the features as well, in FP32
     assert block.linear_up.run_storage == ("fp32" if name == "nonlinear" else "fp16")
     assert product.linear.run_storage == "fp32"

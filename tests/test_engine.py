@@ -219,7 +219,7 @@ def test_weights_that_change_are_noticed(device, reference_path):
     assert all(p.requires_grad for p in fast.parameters())
 
 
-BLOCKS = mt.Precision("blocks", "fp32", "tf32x3", "fp32", contraction="bf16", features="bf16")
+BLOCKS = mt.Precision("blocks", "fp32", "tf32", "fp32", contraction="bf16", features="bf16", product="tf32x3")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", BLOCKS])

@@ -165,9 +165,9 @@ def test_stored_radial_weights_keep_the_budget(storage, device, reference_path):
 
 
 @pytest.mark.parametrize("word", ["bf16", "fp16"])
-@pytest.mark.parametrize("block", ["linear", "radial", "readout", "contraction", "features"])
+@pytest.mark.parametrize("block", ["linear", "product", "radial", "readout", "contraction", "features"])
 def test_every_block_has_its_own_precision(block, word, device, reference_path):
-    words = {"linear": "tf32x3", "radial": "tf32x3"} | {block: word}
+    words = {"linear": "tf32x3", "radial": "tf32x3", "product": "tf32x3"} | {block: word}
     policy = mt.Precision("mine", "fp32", tensor_product="fp32", **words)
     check_budget("mp-medium", policy, UNITS[word], device)
 

@@ -50,6 +50,7 @@ def test_unknown_name_lists_the_known_ones():
         (("x", "fp32", "ieee", "fp32", "ieee", "fp64"), "all be fp64"),
         (("x", "fp32", "ieee", "fp32", "ieee", "ieee", "tf32"), "contraction"),
         (("x", "fp32", "ieee", "fp32", "ieee", "ieee", "fp32", "tf32"), "features"),
+        (("x", "fp32", "ieee", "fp32", "ieee", "ieee", "fp32", "fp32", "fp8"), "product"),
     ],
 )
 def test_inconsistent_policies_are_refused(fields, word):
@@ -60,7 +61,8 @@ def test_inconsistent_policies_are_refused(fields, word):
 def test_blocks_that_are_not_named_follow():
     policy = Precision("mine", "fp32", "bf16", "fp16")
     assert (policy.radial, policy.readout, policy.contraction, policy.features) == ("bf16", "tf32x3", "fp32", "fp32")
-    assert PRESETS["fp64"] == Precision("fp64", *["fp64"] * 7)
+    assert policy.product == "bf16"
+    assert PRESETS["fp64"] == Precision("fp64", *["fp64"] * 8)
 
 
 def test_a_policy_has_a_file(tmp_path):

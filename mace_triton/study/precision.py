@@ -30,7 +30,12 @@ from . import structures
 from .store import Row, interval, root_mean_square, save
 from .structures import Sample
 
-BLOCKS = ("linear", "radial", "tensor_product", "contraction", "features", "readout")
+BLOCKS = {
+    "linear": ("linear", "product"),
+    "linear but product": ("linear",),
+    **{block: (block,) for block in ("product", "radial", "tensor_product", "contraction", "features", "readout")},
+}
+"""What is put in 16 bits alone: name -> fields of a policy."""
 AGREE = 1e-9
 """Relative difference of forces up to which FP64 agrees with e3nn's."""
 E3NN = "e3nn fp32"
@@ -44,8 +49,11 @@ def policies(quick: bool = False) -> list[Precision]:
     """The presets, FP32 with one block in BF16 or FP16, and all blocks in 16 bits."""
     found = list(PRESETS.values())
     for word in ("bf16",) if quick else ("bf16", "fp16"):
-        found += [replace(PRESETS["fp32"], name=f"{block} {word}", **{block: word}) for block in BLOCKS]
-        every = dict.fromkeys((block for block in BLOCKS if block != "readout"), word)
+        found += [
+            replace(PRESETS["fp32"], name=f"{block} {word}", **dict.fromkeys(fields, word))
+            for block, fields in BLOCKS.items()
+        ]
+        every = {field: word for fields in BLOCKS.values() for field in fields if field != "readout"}
         found.append(replace(PRESETS["fp32"], name=f"all {word}", **every))
     return found
 

@@ -179,7 +179,7 @@ def _block(row: Row | None, side: str) -> str:
 
 
 def _search(study: Row) -> Section:
-    words = tuple(CHOICES)
+    words = tuple(field for field in CHOICES if field in study["found"]["words"])  # older results lack some
     rows = sorted(study["rows"], key=lambda row: row["ms"])
     best = study["found"]["words"]
     same = [field for field in best if field != "name"]
@@ -305,7 +305,7 @@ def pareto(study: Row) -> str:
             continue
         value, low, high = error[row["policy"]]
         ends = None if low is None else [[value - low], [high - value]]
-        block = any(row["policy"].startswith(name) for name in BLOCKS)
+        block = row["policy"].rpartition(" ")[0] in BLOCKS
         axes.errorbar(row["ms"], value, yerr=ends, fmt="o", color="#4c8bf5" if block else "#d6336c")
         axes.annotate(row["policy"], (row["ms"], value), textcoords="offset points", xytext=(5, 3), fontsize=8)
     axes.set(xlabel=f"step of {atoms} atoms, ms", ylabel="force error, meV/angstrom (rms)", yscale="log")
