@@ -1,5 +1,7 @@
 """The studies: statistics, structures, errors, the search, the report."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -352,6 +354,22 @@ def test_options_of_trainings_that_cannot_be(name, words, message):
     done = study(name, *words, "--device", "cpu")
     assert done.exit_code != 0
     assert message in " ".join(done.output.split())
+
+
+def test_trainings_are_dealt_out_to_all_gpus(monkeypatch):
+    def pretended(mode, seed, *rest):
+        time.sleep(0.02 if seed == 1 else 0.0)  # the first ends last
+        return {"mode": mode.name, "seed": seed, "device": rest[-1]}
+
+    monkeypatch.setattr(training, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(training, "attempt", pretended)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    todo = [(mode, seed) for seed in (1, 2) for mode in training.MODES[:2]]
+    for device, places in (("cuda", ("cuda:0", "cuda:1")), ("cuda:1", ("cuda:1",)), ("cpu", ("cpu",))):
+        rows = dict(training.trainings(todo, 2, device))
+        assert [rows[n] for n in range(4)] == [
+            {"mode": mode.name, "seed": seed, "device": places[n % len(places)]} for n, (mode, seed) in enumerate(todo)
+        ]
 
 
 def test_a_small_training_study(tmp_path, monkeypatch, reference_path):

@@ -1,5 +1,9 @@
 """The study of dynamics: what a run gives, equivalence, runs that go on, verdicts."""
 
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import ase
 import ase.io
 import mace  # noqa: F401  before e3nn
@@ -103,6 +107,38 @@ def test_a_small_study_of_dynamics_goes_on(tmp_path, monkeypatch, reference_path
     assert not (tmp_path / "longer").exists()
     report.write(tmp_path)
     assert "Dynamics of water: NVT" in (tmp_path / "README.md").read_text()
+
+
+def test_what_has_ended_is_kept_while_others_run(tmp_path, monkeypatch):
+    plan = dynamics.Plan("water", ("fp64", "fp32", "bf16"), ("nve",), 1, 16, 1, 2)
+    seen = []
+
+    def pretended(options, number, workers):
+        if options.precision == "bf16":  # the last: by then the others are in the results
+            seen.extend(wait_for_rows(tmp_path / "md.json", 1))
+        return "no luck" if options.precision == "fp32" else ""
+
+    def worked_out(unit, plan, folder):
+        dynamics.note(unit, plan, folder, {"observables": {"drift": 1.0}, "curves": {}})
+
+    monkeypatch.setattr(dynamics, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(dynamics, "run_one", pretended)
+    monkeypatch.setattr(dynamics, "work_out", worked_out)
+    dynamics.run(plan, tmp_path / "runs", tmp_path, "cpu", 2, True, Console(quiet=True))
+    assert [row["policy"] for row in seen] == ["fp64"]
+    found = store.load(tmp_path)["md"]
+    assert [row["policy"] for row in found["rows"]] == ["fp64", "bf16"]
+    assert found["failed"] == {"nve-fp32-1": "no luck"}
+
+
+def wait_for_rows(path, count):
+    """Rows of a study's results once there are so many; fails after ten seconds."""
+    for _ in range(1000):
+        rows = json.loads(path.read_text())["rows"] if path.is_file() and path.stat().st_size else []
+        if len(rows) >= count:
+            return rows
+        time.sleep(0.01)
+    pytest.fail("no results were kept")
 
 
 def test_a_run_that_fails_is_named(tmp_path):

@@ -57,11 +57,13 @@ def revision() -> str:
 
 
 def save(study: str, folder: Path, device: torch.device, **parts: object) -> Path:
-    """Write FOLDER/STUDY.json, and say where it is."""
+    """Write FOLDER/STUDY.json, whole or not at all, and say where it is."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{study}.json"
     document = {"study": study, "environment": environment(device), **parts}
-    path.write_text(json.dumps(document, indent=1, default=float) + "\n")
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(document, indent=1, default=float) + "\n")
+    os.replace(scratch, path)
     return path
 
 
