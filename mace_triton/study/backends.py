@@ -1,6 +1,6 @@
 """A MACE model by e3nn, cuEquivariance (cueq), OpenEquivariance (oeq) and mace_triton, each built as MACE builds it.
 
-`build(backend, model, precision, device)` gives a copy that is called with MACE's dictionary. Benches use the same.
+`model_*(model, precision, device)` gives a copy that is called with MACE's dictionary. Benches use the same.
 """
 
 from __future__ import annotations

@@ -258,7 +258,9 @@ class Study:
         self.wholes: list[Row] = []
         self.blocks: list[Row] = []
 
-    def measure(self, level: int, plain: torch.nn.Module, exact: dict[int, np.ndarray], backend: str, precision: str):
+    def measure(
+        self, level: int, plain: torch.nn.Module, exact: dict[int, np.ndarray], backend: str, precision: str
+    ) -> None:
         """One backend in one precision, boxes of all sizes; blocks in the largest. What cannot be says why."""
         head = {"l": level, "backend": backend, "precision": precision}
         try:
