@@ -26,14 +26,12 @@ from mace.tools.torch_tools import default_dtype
 from torch import Tensor
 
 from mace_triton.study.backends import (  # noqa: F401  what benches ask for as providers'
+    MODELS,
     MissingProviderError,
     cueq_of,
     matmul_precision,
-    model_cueq,
     model_dtype,
     model_e3nn,
-    model_mace_triton,
-    model_oeq,
     need,
     need_precision,
 )
@@ -404,7 +402,7 @@ BUILDERS: dict[str, dict[str, Callable]] = {
         "cueq": contraction_cueq,
         "mace_triton": contraction_mace_triton,
     },
-    "model": {"e3nn": model_e3nn, "cueq": model_cueq, "oeq": model_oeq, "mace_triton": model_mace_triton},
+    "model": MODELS,
 }
 
 

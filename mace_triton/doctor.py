@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import ase
@@ -92,7 +93,7 @@ def diagnose(model: torch.nn.Module, atoms: ase.Atoms, head: str | None = None, 
         walls.append(1e3 * (time.perf_counter() - start))
     edges = engine.edges
     predicted = None if engine.autograd_because else footprint(model, len(atoms), edges, engine.candidates)
-    gpu, launches = _kernels(engine) if on_gpu else (None, None)
+    gpu, launches = gpu_time(engine.step) if on_gpu else (None, None)
     peak = torch.cuda.max_memory_allocated(device) - before if on_gpu else None
     memory = torch.cuda.get_device_properties(device).total_memory if on_gpu else None
     wall = statistics.median(walls)
@@ -100,12 +101,16 @@ def diagnose(model: torch.nn.Module, atoms: ase.Atoms, head: str | None = None, 
     return Diagnosis(len(atoms), edges, first, wall, gpu, launches, *how, peak, memory)
 
 
-def _kernels(engine: Engine) -> tuple[float, int]:
-    """Milliseconds and number of the kernels and copies of a step."""
+def gpu_time(call: Callable[[], object], calls: int = 1) -> tuple[float, int]:
+    """Milliseconds and number of the kernels and copies of a call on a GPU, the mean over so many calls."""
+    torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        engine.step()
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
     found = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(event.time_range.elapsed_us() for event in found) / 1e3, len(found)
+    found = [event for event in found if not getattr(event, "is_user_annotation", False)]
+    return 1e-3 * sum(event.time_range.elapsed_us() for event in found) / calls, round(len(found) / calls)
 
 
 def show(model: torch.nn.Module, diagnosis: Diagnosis, console: Console) -> None:

@@ -396,8 +396,8 @@ def test_a_small_training_study(tmp_path, monkeypatch, reference_path):
         assert rows["fp32", seed]["curve"][-1]["force_rmse"] == single
         assert single != stored
     about = {key: found[key] for key in ("model", "steps", "batch", "quick")}
-    assert training.earlier(tmp_path, about) == found["rows"]
-    assert training.earlier(tmp_path, about | {"steps": 5}) == []
+    assert store.earlier(tmp_path / "training.json", about) == found["rows"]
+    assert store.earlier(tmp_path / "training.json", about | {"steps": 5}) == []
     report.write(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert "| bf16 weights |" in text

@@ -152,6 +152,14 @@ def test_16_bit_sums_err_more_than_fp32_sums(monkeypatch):
         assert ("linear", "fp16", "PyTorch's, 2:4 sparse") in found
 
 
+def test_a_wrong_product_is_not_timed(monkeypatch):
+    monkeypatch.setattr(accumulation, "on_gpu", lambda *_: pytest.fail("it is timed"))
+    right = torch.ones(2, 2, dtype=torch.float64)
+    for wrong in (1.1 * right, torch.full_like(right, torch.nan)):
+        with pytest.raises(RuntimeError, match="sums of linear_up in fp16 is wrong"):
+            accumulation.measured("sums of linear_up in fp16", lambda wrong=wrong: wrong, right, right)
+
+
 def test_the_verdict_on_accumulators():
     def row(variant, ms, error):
         return {"shape": "linear_up", "operands": "fp16", "variant": variant, "ms": ms, "error": error}

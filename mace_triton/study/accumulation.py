@@ -25,30 +25,23 @@ from torch import Tensor
 
 from ..calculator import load
 from ..convert import accelerate
-from ..dev_cases import HIDDEN
+from ..dev_cases import tp_problem
 from ..ops import dispatch
 from ..ops.graph import graph_plan
-from ..problem import ChannelwiseTPProblem
 from . import structures, training
 from .precision import by_engine, errors
-from .profile import on_gpu
+from .profile import on_gpu, relative_error
 from .sparsity import prune_linears, pruned
 from .store import Row, save
 
-WORDS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+WORDS = training.SIXTEEN
 CALLS = 50
 """Of a timing; the inputs stay in the cache, for all variants alike."""
-HARMONICS = "1x0e+1x1o+1x2e+1x3o"
 
 
 def shapes(atoms: int, edges: int) -> dict[str, tuple[int, int, int]]:
     """(rows, inputs, outputs) of linear_up, the linear behind conv_tp for l = 1, the radial network's last layer."""
     return {"linear_up": (4 * atoms, 128, 128), "linear, l = 1": (3 * atoms, 384, 128), "radial": (edges, 64, 1280)}
-
-
-def relative(got: Tensor, exact: Tensor) -> float:
-    """In the Frobenius norm."""
-    return float((got.double() - exact).norm() / exact.norm())
 
 
 @contextmanager
@@ -101,14 +94,13 @@ def products(atoms: int, edges: int, device: torch.device) -> Iterator[Row]:
         for word, dtype in WORDS.items():
             short = x.to(dtype), w.to(dtype)
             for variant, call, weights in variants(*short, word):
-                got = call()
-                rounded = relative(got, short[0].double() @ weights.double())
-                whole = relative(got, x.double() @ w.double())
-                if not rounded < 0.05:
-                    raise RuntimeError(f"study: {variant} of {name} in {word} is wrong by {rounded:.1e}")
-                ms = on_gpu(call, CALLS)[0]
                 head = {"shape": name, "operands": word, "variant": variant}
-                yield head | {"error_of_sums": rounded, "error": whole, "ms": ms}
+                yield head | measured(
+                    f"{variant} of {name} in {word}",
+                    call,
+                    short[0].double() @ weights.double(),
+                    x.double() @ w.double(),
+                )
 
 
 def tensor_products(side: int, channels: int, cutoff: float, device: torch.device) -> Iterator[Row]:
@@ -122,10 +114,7 @@ def tensor_products(side: int, channels: int, cutoff: float, device: torch.devic
 
     atoms = structures.displaced(side, 1).frames[0]
     index = edges_of(atoms, cutoff).to(device)
-    problem = ChannelwiseTPProblem.from_mace(
-        HIDDEN["medium"].format(c=channels), HARMONICS, "+".join(f"{channels}x{ir}" for ir in ("0e", "1o", "2e", "3o"))
-    )
-    problem = replace(problem, layout_in="ir_mul", layout_out="ir_mul")
+    problem = tp_problem("medium", channels)
     count, edges = len(atoms), index.shape[1]
     generator = torch.Generator(device).manual_seed(0)
     x, y, w = (
@@ -146,9 +135,22 @@ def tensor_products(side: int, channels: int, cutoff: float, device: torch.devic
                     return channelwise_tp.forward(problem, x, y, stored, plan)
                 return channelwise_tp.forward_in_16_bits(problem, x, y, stored, plan, dtype, wide)
 
-            got, name = call(), f"this package's, {sums} sums{', two channels a lane' if wide else ''}"
-            row = {"shape": "conv_tp, forward", "operands": word, "variant": name, "error": relative(got, exact)}
-            yield row | {"error_of_sums": relative(got, rounded), "ms": on_gpu(call, CALLS)[0]}
+            name = f"this package's, {sums} sums{', two channels a lane' if wide else ''}"
+            yield {"shape": "conv_tp, forward", "operands": word, "variant": name} | measured(
+                f"{name} of conv_tp in {word}", call, rounded, exact
+            )
+
+
+def measured(what: str, call: Callable[[], Tensor], rounded: Tensor, exact: Tensor) -> Row:
+    """Errors against FP64 on the operands as they are rounded and as they were, and ms.
+
+    Raises RuntimeError naming `what` for a result that no rounding explains: it is not timed.
+    """
+    got = call()
+    sums = relative_error(got, rounded)
+    if not sums < 0.05:
+        raise RuntimeError(f"study: {what} is wrong by {sums:.1e}")
+    return {"error_of_sums": sums, "error": relative_error(got, exact), "ms": on_gpu(call, CALLS)[0]}
 
 
 def edges_of(atoms, cutoff: float) -> Tensor:

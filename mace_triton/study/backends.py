@@ -94,3 +94,6 @@ def model_mace_triton(
 
     plain = copy.deepcopy(model).to(device=device, dtype=model_dtype(precision))
     return accelerate(plain, precision=precision, deterministic=variant == "deterministic")
+
+
+MODELS = {"e3nn": model_e3nn, "cueq": model_cueq, "oeq": model_oeq, "mace_triton": model_mace_triton}

@@ -37,7 +37,7 @@ from scipy import stats
 from .. import md
 from ..precision import Precision
 from ..water import water_box
-from .store import LEVEL, Row, mean_interval, save
+from .store import LEVEL, Row, earlier, mean_interval, save, write_whole
 
 REFERENCE = "fp64"
 DISCARD = 0.25
@@ -165,17 +165,14 @@ def work_out(unit: Unit, plan: Plan, folder: Path) -> None:
 
 def note(unit: Unit, plan: Plan, folder: Path, found: Row) -> None:
     """Write RUN.json, whole or not at all."""
-    scratch = folder / f"{unit.name}.tmp"
-    scratch.write_text(json.dumps({"steps": plan.steps, **found}))
-    os.replace(scratch, folder / f"{unit.name}.json")
+    write_whole(folder / f"{unit.name}.json", json.dumps({"steps": plan.steps, **found}))
 
 
 def recall(plan: Plan, runs: Path, results: Path, about: Row) -> None:
     """Take over what runs gave from earlier results of a study whose head is the same."""
-    found = json.loads(results.read_text()) if results.is_file() else {}
-    if not found or any(found.get(key) != value for key, value in about.items()):
+    rows = {(row["ensemble"], row["policy"], row["seed"]): row for row in earlier(results, about)}
+    if not rows:
         return
-    rows = {(row["ensemble"], row["policy"], row["seed"]): row for row in found["rows"]}
     runs.mkdir(parents=True, exist_ok=True)
     for unit in units_of(plan):
         row = rows.get((unit.ensemble, Path(unit.policy).stem, unit.seed))

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..certify import batch_of
 from ..dev_engine import random_model
+from ..doctor import gpu_time
 from ..engine import Engine
 from ..precision import PRESETS
 from ..water import water_box
@@ -108,13 +109,7 @@ def with_cast_linears(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Mo
     return model
 
 
-BUILD = {
-    "e3nn": backends.model_e3nn,
-    "cueq": backends.model_cueq,
-    "oeq": backends.model_oeq,
-    "mace_triton": backends.model_mace_triton,
-    ENGINE: backends.model_mace_triton,
-}
+BUILD = backends.MODELS | {ENGINE: backends.model_mace_triton}
 
 
 def built(backend: str, precision: str, model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
@@ -150,25 +145,14 @@ class Subject:
         return Subject(call, model, data["edge_index"])
 
 
-def relative_error(forces: Tensor, exact: np.ndarray) -> float:
-    """Frobenius norms."""
-    found = np.asarray(forces.detach().cpu(), dtype=float).reshape(exact.shape)
-    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """In the Frobenius norm, in FP64, where `exact` lies."""
+    return float((got.to(exact.device).double() - exact).norm() / exact.norm())
 
 
 def on_gpu(call: Callable[[], object], calls: int) -> tuple[float | None, int | None]:
     """(ms of all kernels, their number) of one call; None on a CPU."""
-    if not torch.cuda.is_available():
-        return None, None
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
-        for _ in range(calls):
-            call()
-        torch.cuda.synchronize()
-    kernels = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    kernels = [event for event in kernels if not getattr(event, "is_user_annotation", False)]
-    total = sum(event.time_range.elapsed_us() for event in kernels)
-    return 1e-3 * total / calls, round(len(kernels) / calls)
+    return gpu_time(call, calls) if torch.cuda.is_available() else (None, None)
 
 
 def on_host(call: Callable[[], object], device: torch.device, calls: int = 7) -> float:
@@ -259,7 +243,7 @@ class Study:
         self.blocks: list[Row] = []
 
     def measure(
-        self, level: int, plain: torch.nn.Module, exact: dict[int, np.ndarray], backend: str, precision: str
+        self, level: int, plain: torch.nn.Module, exact: dict[int, Tensor], backend: str, precision: str
     ) -> None:
         """One backend in one precision, boxes of all sizes; blocks in the largest. What cannot be says why."""
         head = {"l": level, "backend": backend, "precision": precision}
@@ -281,10 +265,10 @@ class Study:
             self.wholes.append(head | {"status": reason})
             self.console.print(f"l = {level}, {backend} {precision}: {reason}", highlight=False, soft_wrap=True)
 
-    def exact(self, plain: torch.nn.Module) -> dict[int, np.ndarray]:
+    def exact(self, plain: torch.nn.Module) -> dict[int, Tensor]:
         """Forces of e3nn in FP64 by size of the box."""
         model = built("e3nn", "fp64", plain, self.device)
-        return {side: Subject.of("e3nn", "fp64", model, side).call().cpu().double().numpy() for side in self.size.sides}
+        return {side: Subject.of("e3nn", "fp64", model, side).call().cpu().double() for side in self.size.sides}
 
 
 def run(folder: Path, device: str, quick: bool, console: Console) -> Path:

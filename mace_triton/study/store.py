@@ -61,10 +61,21 @@ def save(study: str, folder: Path, device: torch.device, **parts: object) -> Pat
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{study}.json"
     document = {"study": study, "environment": environment(device), **parts}
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(document, indent=1, default=float) + "\n")
-    os.replace(scratch, path)
+    write_whole(path, json.dumps(document, indent=1, default=float) + "\n")
     return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(text)
+    os.replace(scratch, path)
+
+
+def earlier(path: Path, about: Row) -> list[Row]:
+    """Rows of a study's results whose head is `about`; none where there are no such results."""
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    return found["rows"] if found and all(found.get(key) == value for key, value in about.items()) else []
 
 
 def load(folder: Path) -> dict[str, dict]:

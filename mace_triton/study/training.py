@@ -12,7 +12,6 @@ but for its symmetric contraction, which does not run under it.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -39,7 +38,7 @@ from ..precision import PRESETS
 from . import structures
 from .precision import by_engine
 from .sparsity import linear_masks, prune_linears
-from .store import Row, save
+from .store import Row, earlier, save
 
 SIXTEEN = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -306,7 +305,7 @@ def run(
     architecture = architecture_of(data, size)
     todo = [(mode, seed) for seed in seeds for mode in MODES]
     about = {"model": model, "steps": size.steps, "batch": size.batch, "quick": quick}
-    kept = [row for row in earlier(folder, about) if row["seed"] not in seeds]
+    kept = [row for row in earlier(folder / "training.json", about) if row["seed"] not in seeds]
     rows: dict[int, Row] = {}
     ended = trainings(todo, workers, device, data, architecture, size)
     for place, row in track(ended, description="trainings", total=len(todo), console=console):
@@ -317,10 +316,3 @@ def run(
         more = {"data": data.source, "architecture": architecture, "rows": found}
         path = save("training", folder, torch.device(device), **about, **more)
     return path
-
-
-def earlier(folder: Path, about: Row) -> list[Row]:
-    """Rows of results in a folder whose head is the same."""
-    path = folder / "training.json"
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    return found["rows"] if found and all(found.get(key) == value for key, value in about.items()) else []
