@@ -116,20 +116,23 @@ class Engine:
         self.sizes = [len(atoms) for atoms in self.structures]
         self.atoms = sum(self.sizes)
         self.periodic = torch.tensor(np.array([atoms.pbc for atoms in self.structures]))
-        self.positions = self._on_device(np.concatenate([atoms.positions for atoms in self.structures]))
+        positions = np.concatenate([atoms.positions for atoms in self.structures])
+        self.positions = torch.tensor(positions, dtype=torch.float64, device=self.device)
         self._cells = np.array([atoms.cell.array for atoms in self.structures])
-        self.cells = self._on_device(self._cells)
         self.rebuilds = self.captures = 0
         self.capacity, self._parts, self._memory = 0, (), memory
         self._graph = self._pairs = self._chain = None
-        self.autograd_because = ""
-        self._recording = self.device.type == "cuda"
+        self.autograd_because, self._recording = "", self.device.type == "cuda"
         pinned = {"dtype": torch.float64, "pin_memory": self.device.type == "cuda"}
         self._sent = torch.empty(self.atoms, 3, **pinned)
         systems = len(self.sizes)
         self._system = torch.arange(systems).repeat_interleave(torch.tensor(self.sizes)).to(self.device)
-        self._reach = torch.empty(1, dtype=torch.float64, device=self.device)
-        self._per_volume = torch.empty(systems, 1, 1, dtype=torch.float64, device=self.device)
+        # What changes with the cells goes to the device in one piece.
+        self._told = torch.empty(1 + 19 * systems, **pinned)
+        self._heard = torch.empty_like(self._told, device=self.device)
+        self._reach, *rest = self._heard.split((1, 9 * systems, 9 * systems, systems))
+        self.cells, self._strains = (part.view(systems, 3, 3) for part in rest[:2])
+        self._per_volume = rest[2].view(systems, 1, 1)
         self._got = torch.empty(systems + 4 * self.atoms + (9 * systems if stress else 0) + 2, **pinned)
 
     def _weights(self) -> list[tuple[int, int]]:
@@ -140,9 +143,6 @@ class Engine:
         """A frozen copy of the model as it is; what was made for the last one is gone."""
         self._version, self._graph, self._pairs = self._weights(), None, None
         self.model = copy.deepcopy(self._source).requires_grad_(False).eval()
-
-    def _on_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.tensor(array, dtype=torch.float64, device=self.device)
 
     @torch.inference_mode(False)
     def step(self, positions=None, cells=None) -> Results:
@@ -167,7 +167,6 @@ class Engine:
             cells = _like(cells, self.cells, "cells").cpu().double().numpy()
             if not np.array_equal(cells, self._cells):
                 self._cells = cells.copy()
-                self.cells.copy_(torch.from_numpy(self._cells))
                 fresh = fresh or not self._strain()
         if fresh:
             self._find()
@@ -243,7 +242,8 @@ class Engine:
 
     def _find(self, room: int = 0) -> None:
         """Candidates for the positions as they are, and buffers for them, and for `room` edges, if these do not fit."""
-        if not (self.positions.isfinite().all() and self.cells.isfinite().all()):
+        self.cells.copy_(torch.from_numpy(self._cells))
+        if not (self.positions.isfinite().all() and np.isfinite(self._cells).all()):
             raise ValueError("positions or cells are not finite")
         self.rebuilds += 1
         reach = self.cutoff + self.skin
@@ -259,7 +259,7 @@ class Engine:
             for old, new in zip(self._pairs, fitting, strict=True):
                 old.copy_(new)
             self._set_cells(self._data)
-        self._first = self.positions.clone(), self._cells.copy()
+        self._first, self._of_pair = (self.positions.clone(), self._cells.copy()), None
         self._was[: self.atoms] = self.positions
         self._reach.fill_(0.5 * self.skin)
 
@@ -278,13 +278,15 @@ class Engine:
         left = 0.5 * (shortest * (self.cutoff + self.skin) - self.cutoff)
         if not left > 0.25 * self.skin:
             return False
-        strain = torch.from_numpy(strains).to(self.device)
-        self._was[: self.atoms] = torch.einsum("ni,nij->nj", positions, strain[self._system])
-        receiver = torch.repeat_interleave(self._pairs.ptr.diff().long(), output_size=self._listed)
-        units, cells = self._pairs.unit_shift[: self._listed].double(), self.cells[self._system[receiver]]
-        self._pairs.shift[: self._listed] = torch.einsum("ki,kij->kj", units, cells)
-        self._reach.fill_(left)
-        self._set_cells(self._data)
+        told = (left, self._cells, strains, 0.5 / np.abs(np.linalg.det(self._cells)))
+        np.concatenate([np.ravel(part) for part in told], out=self._told.numpy())
+        self._heard.copy_(self._told, non_blocking=True)  # the end of the step waits for it
+        self._was[: self.atoms] = neighbours.strained(positions, self._strains, self._system)
+        if self._of_pair is None and len(self.sizes) > 1:
+            self._of_pair = self._system.repeat_interleave(self._pairs.ptr.diff(), output_size=self._listed)
+        units = self._pairs.unit_shift[: self._listed]
+        self._pairs.shift[: self._listed] = neighbours.strained(units, self.cells, self._of_pair)
+        self._data["cell"].view(-1, 3, 3)[:-1] = self.cells
         return True
 
     def _pair_places(self, alone: int) -> int:

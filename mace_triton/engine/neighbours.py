@@ -38,6 +38,18 @@ def near(positions: torch.Tensor, pairs: Candidates, cutoff: float) -> int:
     return int((vectors.square().sum(1) < cutoff**2).sum())
 
 
+def strained(rows: torch.Tensor, matrices: torch.Tensor, system: torch.Tensor | None) -> torch.Tensor:
+    """rows [K, 3], each times the matrix, out of [B, 3, 3], of its system [K], which is not read where there is one.
+
+    Not a product of batches, in which a GPU gives each row a matrix multiplication of its own.
+    """
+    if len(matrices) == 1:
+        return rows @ matrices[0]
+    a, b, c = matrices.unbind(1)
+    x, y, z = rows[:, :, None].unbind(1)
+    return x * a[system] + y * b[system] + z * c[system]
+
+
 def twins(receiver: torch.Tensor, sender: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
     """For each pair [K] the place of the one with the atoms exchanged and the opposite unit shift [K, 3]; int32.
 
