@@ -137,7 +137,7 @@ PRESETS = {
         Precision("fp64", "fp64", "fp64", "fp64"),
         Precision("fp32", "fp32", "tf32x3", "fp32"),
         Precision("tf32", "fp32", "tf32", "fp32"),
-        Precision("bf16", "fp32", "bf16", "bf16"),
+        Precision("bf16", "fp32", "bf16", "bf16", product="tf32x3"),
         Precision("fp16", "fp32", "fp16", "fp16"),
     )
 }

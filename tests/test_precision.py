@@ -28,6 +28,7 @@ def test_presets_name_the_operand_precision():
         "bf16": "bf16",
         "fp16": "fp16",
     }
+    assert {policy.product for policy in PRESETS.values()} == {"fp64", "tf32x3", "tf32", "fp16"}
     assert PRESETS["bf16"].storage == torch.bfloat16
     assert PRESETS["tf32"].storage == torch.float32
     assert Precision("mine", "fp32", "bf16", "fp32").storage == torch.float32

@@ -1,5 +1,6 @@
 """The study of dynamics: what a run gives, equivalence, runs that go on, verdicts."""
 
+import dataclasses
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,9 @@ import pytest
 import scipy.stats
 from rich.console import Console
 
+from mace_triton.precision import PRESETS
 from mace_triton.study import claims, dynamics, report, store
+from mace_triton.study.dynamics import Unit
 from mace_triton.water import water_box
 
 pytestmark = pytest.mark.torchscript
@@ -105,6 +108,10 @@ def test_a_small_study_of_dynamics_goes_on(tmp_path, monkeypatch, reference_path
     longer = {"model": "water", "steps": 32}
     dynamics.recall(dynamics.replace(plan, steps=32), tmp_path / "longer", tmp_path / "md.json", longer)
     assert not (tmp_path / "longer").exists()
+    monkeypatch.setitem(PRESETS, "fp32", dataclasses.replace(PRESETS["fp32"], readout="bf16"))
+    assert dynamics.given(Unit("nvt", "fp32", 1), plan, runs) is None  # it was another policy
+    dynamics.recall(plan, tmp_path / "changed", tmp_path / "md.json", {"model": "water", "steps": 16})
+    assert [found.name for found in (tmp_path / "changed").iterdir()] == ["nvt-fp64-1.json"]
     report.write(tmp_path)
     assert "Dynamics of water: NVT" in (tmp_path / "README.md").read_text()
 

@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -109,6 +109,11 @@ class Unit:
     def name(self) -> str:
         return f"{self.ensemble}-{Path(self.policy).stem}-{self.seed}"
 
+    @property
+    def words(self) -> dict[str, str]:
+        """What the policy is, block by block."""
+        return {field: word for field, word in asdict(Precision.parse(self.policy)).items() if field != "name"}
+
     def options(self, plan: Plan, folder: Path, device: str) -> md.Options:
         """For `mace-triton md`; it goes on where a run of it was cut off."""
         out = folder / f"{self.name}.extxyz"
@@ -151,10 +156,10 @@ def done(unit: Unit, plan: Plan, folder: Path) -> int:
 
 
 def given(unit: Unit, plan: Plan, folder: Path) -> Row | None:
-    """What a run of the plan's length gave, where it has been worked out: its observables and curves."""
+    """What a run of the plan's length, under the policy as it is, gave: its observables and curves."""
     path = folder / f"{unit.name}.json"
     found = json.loads(path.read_text()) if path.is_file() else {}
-    return found if found.get("steps") == plan.steps else None
+    return found if (found.get("steps"), found.get("words")) == (plan.steps, unit.words) else None
 
 
 def work_out(unit: Unit, plan: Plan, folder: Path) -> None:
@@ -165,18 +170,18 @@ def work_out(unit: Unit, plan: Plan, folder: Path) -> None:
 
 def note(unit: Unit, plan: Plan, folder: Path, found: Row) -> None:
     """Write RUN.json, whole or not at all."""
-    write_whole(folder / f"{unit.name}.json", json.dumps({"steps": plan.steps, **found}))
+    write_whole(folder / f"{unit.name}.json", json.dumps({"steps": plan.steps, "words": unit.words, **found}))
 
 
 def recall(plan: Plan, runs: Path, results: Path, about: Row) -> None:
-    """Take over what runs gave from earlier results of a study whose head is the same."""
+    """Take over what runs gave under the same policies from earlier results of a study whose head is the same."""
     rows = {(row["ensemble"], row["policy"], row["seed"]): row for row in earlier(results, about)}
     if not rows:
         return
     runs.mkdir(parents=True, exist_ok=True)
     for unit in units_of(plan):
         row = rows.get((unit.ensemble, Path(unit.policy).stem, unit.seed))
-        if row and not given(unit, plan, runs):
+        if row and row["words"] == unit.words and not given(unit, plan, runs):
             note(unit, plan, runs, {key: row[key] for key in ("observables", "curves")})
 
 
@@ -381,7 +386,7 @@ def run(plan: Plan, runs: Path, folder: Path, device: str, workers: int, quick: 
             head = {"ensemble": unit.ensemble, "policy": Path(unit.policy).stem, "seed": unit.seed}
             found = given(unit, plan, runs)
             if found:
-                rows.append(head | {"observables": found["observables"], "curves": found["curves"]})
+                rows.append(head | {key: found[key] for key in ("words", "observables", "curves")})
         more = {"failed": {unit.name: reason for unit, reason in failed.items()}}
         return save("md", folder, torch.device(device), **about, **more, rows=rows)
 
