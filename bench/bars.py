@@ -306,6 +306,26 @@ def steps(name: str, section: Section) -> None:
             section.ratio(f"step {name} {n}, wall time", cases[n], direction, peer, mine, least, key="wall_ms")
 
 
+def npt(section: Section) -> None:
+    """A step in a cell that changes, of ASE's NPT dynamics, beside MACECalculator's with cuEquivariance and e3nn."""
+    directions = md_step.DIRECTIONS[0], md_step.DIRECTIONS[2]
+    cases = {atoms: md_step.StepCase("medium", atoms) for atoms in (192, 648, 1536)}
+    for provider, precision in ((OURS, "fp32"), (OURS, "bf16"), ("cueq", "fp32"), ("e3nn", "fp32")):
+        section.measure(measure.specs(cases.values(), [(provider, (precision,))], directions))
+        measure.forget(section.device)
+    for atoms, case in cases.items():
+        for peer, precision in (("cueq", "fp32"), ("cueq", "bf16"), ("e3nn", "fp32")):
+            text = f"NPT step medium {atoms}, wall time"
+            section.ratio(text, case, directions[1], peer, precision, None, key="wall_ms")
+        for precision in ("fp32", "bf16"):
+
+            def quotient(case=case, precision=precision) -> float:
+                langevin, strained = (section.value("wall_ms", case, each, OURS, precision) for each in directions)
+                return strained / langevin
+
+            section.bar(f"step medium {atoms}, ours {precision}, wall time: NPT / Langevin", quotient)
+
+
 GRAPHS_LEAST = {192: 7.0, 1536: 5.0, 5184: 4.0}
 """Atoms -> how many times longer cuEquivariance with CUDA graphs takes for a torch-sim step of mp-medium."""
 
@@ -413,6 +433,7 @@ SECTIONS: dict[str, Callable[[Section], None]] = {
         for word, section in (("engine", engine), ("steps", steps), ("graphs", graphs))
         for name in MODELS
     },
+    "npt": npt,
     "largest": largest,
 }
 

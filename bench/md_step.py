@@ -1,6 +1,7 @@
 """A step of molecular dynamics as a user runs it, of water: in ASE, and on a state that stays on the device.
 
 "Langevin step": ASE's Langevin dynamics with MACECalculator, the face of e3nn and cuEquivariance, or with ours.
+"NPT step": the same with ASE's isotropic barostat, so that the cell is another one in every step.
 "torch-sim step": what torch-sim asks of its model in every step, energy, forces and stress of a state; MACE's own model
 for it, plain or compiled with CUDA graphs (variant "reduce-overhead"), or ours. `wall_ms` is what a step takes, the
 median over steps; `gpu_ms` the sum of its kernels, `nodes` their number in our CUDA graph; `first_s` what the first
@@ -20,10 +21,12 @@ import ase
 import numpy as np
 import torch
 
+from mace_triton.md import BAROSTAT, THERMOSTAT
+
 from . import blocks, models, providers, structures, timing
 from .blocks import Prepared
 
-DIRECTIONS = ("Langevin step", "torch-sim step")
+DIRECTIONS = ("Langevin step", "torch-sim step", "NPT step")
 TIME_STEP, TEMPERATURE, FRICTION = 0.5, 300.0, 0.01
 """fs, K, 1 / fs: for water, and for models whose random weights make of it what they will."""
 SKIN = 1.0
@@ -67,12 +70,12 @@ class StepCase:
     def prepare(self, provider: str, precision: str, variant: str, device: torch.device, direction: str) -> Prepared:
         """Build calculator or model, gate its energy and forces, set the step up."""
         key = (self.name, self.channels, self.elements, provider, precision, device)
-        ase_face = direction == DIRECTIONS[0]
-        face, begin = (calculator(*key), _langevin) if ase_face else (torchsim_model(*key, variant), _torchsim)
+        ase_face = direction != DIRECTIONS[1]
+        face, begin = (calculator(*key), _in_ase) if ase_face else (torchsim_model(*key, variant), _torchsim)
         made: list[tuple] = []
 
         def first() -> None:
-            made[:] = begin(self.structure(), face, device)
+            made[:] = begin(self.structure(), face, device, direction)
 
         # A CUDA graph keeps what it needs to itself, so the peak is that of the first steps, when it is recorded.
         began = time.perf_counter()
@@ -104,16 +107,16 @@ def _nodes(engines: list, device: torch.device) -> int | None:
     return None if found is None else len(recorded) * found.launches
 
 
-def _langevin(atoms: ase.Atoms, face, device: torch.device) -> tuple[dict, Callable[[], object], int]:
-    """(energy and forces of the structure, a step of ASE's Langevin dynamics, bytes that others held before)."""
+def _in_ase(atoms: ase.Atoms, face, device: torch.device, direction: str) -> tuple[dict, Callable[[], object], int]:
+    """(energy and forces of the structure, a step of ASE's dynamics, bytes that others held before)."""
     atoms.calc, face.engines, face._asked = face, [], None  # as if these were its first atoms
     others = timing.free_memory(device)
     forces = torch.from_numpy(np.asarray(atoms.get_forces(), dtype=np.float64))
     energy = torch.tensor([atoms.get_potential_energy()], dtype=torch.float64)
-    return {"forces": forces, "energy": energy}, _dynamics(atoms), others
+    return {"forces": forces, "energy": energy}, _dynamics(atoms, direction), others
 
 
-def _torchsim(atoms: ase.Atoms, face, device: torch.device) -> tuple[dict, Callable[[], object], int]:
+def _torchsim(atoms: ase.Atoms, face, device: torch.device, _) -> tuple[dict, Callable[[], object], int]:
     """The same with torch-sim's model: the step evaluates a state whose atoms have moved a little."""
     import torch_sim
 
@@ -163,13 +166,26 @@ def calculator(name: str, channels: int, elements: tuple, provider: str, precisi
     return MACECalculator(models=model, device=device.type, default_dtype=dtype)
 
 
-def _dynamics(atoms: ase.Atoms) -> Callable[[], object]:
-    """One step of Langevin dynamics, always from where the last one ended."""
+def _dynamics(atoms: ase.Atoms, direction: str) -> Callable[[], object]:
+    """One step of Langevin or NPT dynamics, always from where the last one ended."""
     from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 
     rng = np.random.default_rng(0)
     MaxwellBoltzmannDistribution(atoms, temperature_K=TEMPERATURE, rng=rng)
-    return langevin(atoms, rng).step
+    return (langevin(atoms, rng) if direction == DIRECTIONS[0] else npt(atoms)).step
+
+
+def npt(atoms: ase.Atoms):
+    """ASE's isotropic NPT dynamics as `mace-triton md` runs it, but at the pressure that there is.
+
+    At 1 bar a box under random weights would leave its size fast.
+    """
+    from ase import units
+    from ase.md.nose_hoover_chain import IsotropicMTKNPT
+
+    step, pressure = TIME_STEP * units.fs, -float(np.mean(atoms.get_stress(include_ideal_gas=True)[:3]))
+    damping = {"tdamp": THERMOSTAT * units.fs, "pdamp": BAROSTAT * units.fs}
+    return IsotropicMTKNPT(atoms, step, temperature_K=TEMPERATURE, pressure_au=pressure, **damping)
 
 
 def langevin(atoms: ase.Atoms, rng: np.random.Generator, friction: float = FRICTION):
