@@ -8,6 +8,7 @@ import mace_models as mm
 import numpy as np
 import pytest
 import torch
+from ase.calculators.calculator import all_changes
 from mace.calculators import MACECalculator
 from test_mace_parity import EXACT, SMALL, close, e3nn_model, fast_model, rms
 
@@ -365,6 +366,36 @@ def test_calculator_gives_what_mace_gives(members, device, reference_path):
                 scale = max(np.abs(value).max(), 1e-3)
                 assert np.abs(np.asarray(got[key]) - value).max() <= EXACT * scale, key
     assert len(ours.engines) == members
+
+
+CHANGES = {
+    "positions": lambda atoms: atoms.positions.__setitem__((0, 0), np.nextafter(atoms.positions[0, 0], 9e9)),
+    "cell": lambda atoms: atoms.set_cell(1.01 * atoms.cell.array),
+    "numbers": lambda atoms: atoms.numbers.__setitem__(slice(None), atoms.numbers[::-1].copy()),
+    "pbc": lambda atoms: atoms.set_pbc((True, True, False)),
+    "initial_charges": lambda atoms: atoms.set_initial_charges(np.ones(len(atoms))),
+    "initial_magmoms": lambda atoms: atoms.set_initial_magnetic_moments(np.ones(len(atoms))),
+    "info": lambda atoms: atoms.info.update(field=np.ones(3)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_calculator_notices_every_change(name, device, reference_path):
+    atoms = mm.random_structures(SMALL["elements"], seed=2)[0]
+    atoms.info["field"] = np.zeros(3)
+    ours = mt.MACETritonCalculator(e3nn_model("mp-small", device), precision="fp64", device=device.type)
+    assert ours.check_state(atoms) == all_changes
+    atoms.calc, asked = ours, []
+    step = ours.calculate
+    ours.calculate = lambda *arguments: (asked.append(1), step(*arguments))
+    for _ in range(2):
+        atoms.get_forces(), atoms.get_stress()
+    assert len(asked) == 1
+    CHANGES[name](atoms)
+    assert ours.check_state(atoms) == [name]
+    atoms.get_forces()
+    assert len(asked) == 2
+    assert ours.check_state(atoms) == []
 
 
 def test_calculator_leaves_to_mace_what_reads_more_than_atoms(device, reference_path):

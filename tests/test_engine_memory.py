@@ -100,8 +100,9 @@ def test_a_step_that_does_not_fit_is_taken_in_shares(device, reference_path, mon
 
 def test_too_little_memory_says_what_would_fit(device, reference_path, monkeypatch):
     atoms = mm.random_structures(SMALL["elements"], seed=6)[0]
+    real = torch.cuda.get_device_properties(device) if device.type == "cuda" else None  # Triton asks for them, too
     for name, memory in (("mp-small", 2**10), ("mp-small", 2**50), ("nonlinear", 2**10)):
-        card = type("Card", (), {"total_memory": memory})
+        card = type("Card", (), {"total_memory": memory, "__getattr__": lambda _, asked: getattr(real, asked)})()
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, card=card: card)
         found = Engine(fast_model(name, device), atoms)
         tried = too_large(found, 1 << 30, monkeypatch)
