@@ -100,7 +100,8 @@ class MACETritonCalculator(MACECalculator):
         Calculator.calculate(self, atoms)
         self.results, found = {}, [_step(engine, atoms) for engine in self._engines_for(atoms)]
         energy, energies, forces, stress = (
-            np.stack([getattr(results, key) for results in found]) for key in ("energy", "energies", "forces", "stress")
+            _together([getattr(results, key) for results in found])
+            for key in ("energy", "energies", "forces", "stress")
         )
         per_angstrom = self.energy_units_to_eV / self.length_units_to_A
         self._share("energy", energy[:, 0] * self.energy_units_to_eV)
@@ -108,7 +109,7 @@ class MACETritonCalculator(MACECalculator):
         self._share("stress", stress[:, 0] * per_angstrom / self.length_units_to_A**2)
         self.results["stress"] = full_3x3_to_voigt_6_stress(self.results["stress"])
         self.results["free_energy"] = self.results["energy"]
-        self.results["energies"] = energies.mean(axis=0) * self.energy_units_to_eV
+        self.results["energies"] = _mean(energies) * self.energy_units_to_eV
         self.results["node_energy"] = self.results["energies"] - self.engines[0].atomic_energies
 
     def _maces_way(self, atoms, properties, system_changes) -> bool:
@@ -163,7 +164,7 @@ class MACETritonCalculator(MACECalculator):
 
     def _share(self, key: str, values: np.ndarray) -> None:
         """Put the mean over the committee in the results, and the values and their variance where there are several."""
-        mean = values.mean(axis=0)
+        mean = _mean(values)
         self.results[key] = float(mean) if mean.ndim == 0 else mean
         if len(values) > 1:
             self.results[key + "_comm"], self.results[key + "_var"] = values, values.var(axis=0)
@@ -195,6 +196,16 @@ class MACETritonCalculator(MACECalculator):
         if not self.runs_on_engine:
             return single_point(self.models[0], atoms, head=self.head)
         return _single_point(self._engines_for(atoms)[0], atoms)
+
+
+def _together(parts: list[np.ndarray]) -> np.ndarray:
+    """The arrays of a committee's members behind each other; one's own is not copied."""
+    return np.stack(parts) if len(parts) > 1 else parts[0][None]
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Over the members of a committee."""
+    return values.mean(axis=0) if len(values) > 1 else values[0]
 
 
 def _part(atoms: ase.Atoms, name: str) -> np.ndarray | None:

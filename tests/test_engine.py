@@ -217,6 +217,14 @@ def test_weights_that_change_are_noticed(device, reference_path):
             model.interactions[0].linear.weight.mul_(1.1)
             model.products[0].symmetric_contractions.contractions[0].weights_max.mul_(0.9)
     check(found, plain, [atoms])
+    for model in (plain, fast):
+        model.scale_shift.scale.mul_(1.2)
+        weight = model.interactions[1].linear_up.weight
+        model.interactions[1].linear_up.weight = torch.nn.Parameter(0.7 * weight.detach())
+    check(found, plain, [atoms])
+    other = mt.accelerate(mm.build("mp-small", device=device, seed=5, **SMALL), strict=True)
+    plain.readouts[0], fast.readouts[0] = (mt.restore(other).readouts[0], other.readouts[0])
+    check(found, plain, [atoms])
     assert all(p.requires_grad for p in fast.parameters())
 
 

@@ -40,6 +40,7 @@ from .chain import Chain, uncovered
 from .compiling import noted, together
 from .memory import Footprint, footprint, unused
 from .shares import Share, hold, shares
+from .weights import Weights
 
 LOG = logging.getLogger(__name__)
 ROOM = 1.02
@@ -84,7 +85,7 @@ class Engine:
 
     A model that was accelerated with deterministic=True gives the same bits for the same history of steps.
 
-    Weights of `model` that change between steps are noticed.
+    Weights, buffers and modules of `model` that change between steps are noticed.
 
     Raises ValueError for an empty list, a structure without atoms, an element or a head that the model does not know.
     """
@@ -108,7 +109,7 @@ class Engine:
             check_structure(atoms, [int(z) for z in model.atomic_numbers])
         if skin < 0:
             raise ValueError(f"skin must not be negative, got {skin}")
-        self._source, self._version = model, None
+        self._source, self._weights = model, None
         first = next(model.parameters())
         self.device, self.dtype = first.device, first.dtype
         self.cutoff, self.skin, self.stress = float(model.r_max), skin, stress
@@ -135,13 +136,9 @@ class Engine:
         self._per_volume = rest[2].view(systems, 1, 1)
         self._got = torch.empty(systems + 4 * self.atoms + (9 * systems if stress else 0) + 2, **pinned)
 
-    def _weights(self) -> list[tuple[int, int]]:
-        """What tells whether weights have changed."""
-        return [(p.data_ptr(), p._version) for p in self._source.parameters()]
-
     def _take_weights(self) -> None:
         """A frozen copy of the model as it is; what was made for the last one is gone."""
-        self._version, self._graph, self._pairs = self._weights(), None, None
+        self._weights, self._graph, self._pairs = Weights(self._source), None, None
         self.model = copy.deepcopy(self._source).requires_grad_(False).eval()
 
     @torch.inference_mode(False)
@@ -151,7 +148,7 @@ class Engine:
         Raises ValueError for another shape and for positions or cells that are not finite, torch.OutOfMemoryError, with
         what would fit, where the GPU's memory is too small.
         """
-        if self._version is None:
+        if self._weights is None:
             self._take_weights()
         with torch.cuda.device_of(self.positions):  # vesin searches on the current device, whatever it is given
             return self._step(positions, cells)
@@ -218,12 +215,10 @@ class Engine:
 
     def on_host(self) -> Results:
         """The results of the last step as arrays of their own."""
-        systems, flat = len(self.sizes), self._got.numpy().copy()
-        energy, energies, forces, stress, _ = np.split(
-            flat, np.cumsum([systems, self.atoms, 3 * self.atoms, len(flat) - 2 - systems - 4 * self.atoms])
-        )
-        shaped = stress.reshape(systems, 3, 3) if self.stress else None
-        return Results(energy, energies, forces.reshape(-1, 3), shaped)
+        systems, atoms, flat = len(self.sizes), self.atoms, self._got.numpy().copy()
+        energy, energies, rest = flat[:systems], flat[systems : systems + atoms], flat[systems + atoms : -2]
+        stress = rest[3 * atoms :].reshape(systems, 3, 3) if self.stress else None
+        return Results(energy, energies, rest[: 3 * atoms].reshape(-1, 3), stress)
 
     @property
     def edges(self) -> int:
@@ -369,7 +364,7 @@ class Engine:
         else:
             self._graph.replay()
         self._got.copy_(self._all, non_blocking=True)
-        same = self._weights() == self._version
+        same = self._weights.same()
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
         return same
