@@ -276,11 +276,11 @@ class Engine:
         told = (left, self._cells, strains, 0.5 / np.abs(np.linalg.det(self._cells)))
         np.concatenate([np.ravel(part) for part in told], out=self._told.numpy())
         self._heard.copy_(self._told, non_blocking=True)  # the end of the step waits for it
-        self._was[: self.atoms] = neighbours.strained(positions, self._strains, self._system)
+        neighbours.strain(positions, self._strains, self._system, self._was[: self.atoms])
         if self._of_pair is None and len(self.sizes) > 1:
             self._of_pair = self._system.repeat_interleave(self._pairs.ptr.diff(), output_size=self._listed)
-        units = self._pairs.unit_shift[: self._listed]
-        self._pairs.shift[: self._listed] = neighbours.strained(units, self.cells, self._of_pair)
+        units, shifts = (part[: self._listed] for part in (self._pairs.unit_shift, self._pairs.shift))
+        neighbours.strain(units, self.cells, self._of_pair, shifts)
         self._data["cell"].view(-1, 3, 3)[:-1] = self.cells
         return True
 

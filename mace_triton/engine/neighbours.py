@@ -38,16 +38,14 @@ def near(positions: torch.Tensor, pairs: Candidates, cutoff: float) -> int:
     return int((vectors.square().sum(1) < cutoff**2).sum())
 
 
-def strained(rows: torch.Tensor, matrices: torch.Tensor, system: torch.Tensor | None) -> torch.Tensor:
-    """rows [K, 3], each times the matrix, out of [B, 3, 3], of its system [K], which is not read where there is one.
+def strain(rows: torch.Tensor, matrices: torch.Tensor, system: torch.Tensor | None, out: torch.Tensor) -> None:
+    """rows [K, 3], each times the matrix, out of [B, 3, 3], of its system [K]; where there is one, system is not read.
 
-    Not a product of batches, in which a GPU gives each row a matrix multiplication of its own.
+    Three launches: as a matrix product, of one matrix or of batches, it takes a GPU many times as long.
     """
-    if len(matrices) == 1:
-        return rows @ matrices[0]
-    a, b, c = matrices.unbind(1)
-    x, y, z = rows[:, :, None].unbind(1)
-    return x * a[system] + y * b[system] + z * c[system]
+    a, b, c = matrices[0] if len(matrices) == 1 else matrices[system].unbind(1)
+    x, y, z = rows.split(1, dim=1)
+    torch.mul(x, a, out=out).addcmul_(y, b).addcmul_(z, c)
 
 
 def twins(receiver: torch.Tensor, sender: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
