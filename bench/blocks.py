@@ -17,6 +17,7 @@ from torch import Tensor
 from mace_triton.layout import convert_layout
 from mace_triton.linear_problem import LinearProblem
 from mace_triton.problem import ChannelwiseTPProblem
+from mace_triton.study.store import relative_error
 
 from . import providers, structures, timing
 from .rows import OURS, Row
@@ -37,12 +38,6 @@ OPERANDS = {"fp64": 1e-12, "fp32": 1e-5, "tf32": 1e-3, "fp16": 1e-3, "bf16": 8e-
 
 class ParityError(RuntimeError):
     """The provider's result is not the reference's: it is not timed."""
-
-
-def relative_error(result: Tensor, reference: Tensor) -> float:
-    """|result - reference| / |reference| in the Frobenius norm, computed in FP64; NaN when anything is NaN."""
-    difference = result.detach().to(torch.float64).sub_(reference.to(torch.float64))
-    return float(difference.norm() / reference.to(torch.float64).norm().clamp_min(1e-300))
 
 
 def gate(results: dict[str, Tensor], reference: dict[str, Tensor], tolerance: dict[str, float]) -> dict[str, float]:

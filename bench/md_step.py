@@ -15,7 +15,7 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import ase
 import numpy as np
@@ -71,11 +71,14 @@ class StepCase:
         """Build calculator or model, gate its energy and forces, set the step up."""
         key = (self.name, self.channels, self.elements, provider, precision, device)
         ase_face = direction != DIRECTIONS[1]
-        face, begin = (calculator(*key), _in_ase) if ase_face else (torchsim_model(*key, variant), _torchsim)
+        if ase_face:
+            face, begin = calculator(*key), partial(_in_ase, direction)
+        else:
+            face, begin = torchsim_model(*key, variant), _torchsim
         made: list[tuple] = []
 
         def first() -> None:
-            made[:] = begin(self.structure(), face, device, direction)
+            made[:] = begin(self.structure(), face, device)
 
         # A CUDA graph keeps what it needs to itself, so the peak is that of the first steps, when it is recorded.
         began = time.perf_counter()
@@ -107,7 +110,7 @@ def _nodes(engines: list, device: torch.device) -> int | None:
     return None if found is None else len(recorded) * found.launches
 
 
-def _in_ase(atoms: ase.Atoms, face, device: torch.device, direction: str) -> tuple[dict, Callable[[], object], int]:
+def _in_ase(direction: str, atoms: ase.Atoms, face, device: torch.device) -> tuple[dict, Callable[[], object], int]:
     """(energy and forces of the structure, a step of ASE's dynamics, bytes that others held before)."""
     atoms.calc, face.engines, face._asked = face, [], None  # as if these were its first atoms
     others = timing.free_memory(device)
@@ -116,7 +119,7 @@ def _in_ase(atoms: ase.Atoms, face, device: torch.device, direction: str) -> tup
     return {"forces": forces, "energy": energy}, _dynamics(atoms, direction), others
 
 
-def _torchsim(atoms: ase.Atoms, face, device: torch.device, _) -> tuple[dict, Callable[[], object], int]:
+def _torchsim(atoms: ase.Atoms, face, device: torch.device) -> tuple[dict, Callable[[], object], int]:
     """The same with torch-sim's model: the step evaluates a state whose atoms have moved a little."""
     import torch_sim
 

@@ -18,6 +18,8 @@ from functools import lru_cache
 
 import torch
 
+from mace_triton.doctor import device_events
+
 Call = Callable[[], object]
 
 WARMUP = 3  # TorchScript specialises in the second call; one is enough on a CPU, where bench runs only to be tested
@@ -171,12 +173,8 @@ def profile(calls: Sequence[Call], device: torch.device) -> KernelProfile | None
         for i in range(repeats):
             calls[i % len(calls)]()
         synchronize(device)
-    found = [
-        (event.time_range.start, event.name, event.time_range.elapsed_us() / 1e3)
-        for event in prof.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
-    ]
-    return _kernel_profile(found, repeats)
+    found = ((event.time_range.start, event.name, event.time_range.elapsed_us() / 1e3) for event in device_events(prof))
+    return _kernel_profile(list(found), repeats)
 
 
 def _kernel_profile(found: list[tuple[float, str, float]], repeats: int) -> KernelProfile:

@@ -81,7 +81,7 @@ class MACETritonCalculator(MACECalculator):
         return self.__dict__ | {"engines": []}
 
     def check_state(self, atoms, tol: float = 1e-15) -> list[str]:
-        """What has changed since the last step, which ASE asks twice a step or, in NPT, five times.
+        """What has changed since the last step, which ASE asks twice a step or, in NPT, four times.
 
         On the engine, bit by bit: within a tolerance, as ASE compares, it takes longer than all else that ASE does.
         """

@@ -160,6 +160,7 @@ _READ_FROM_INFO = {"total_charge": "charge", "total_spin": "spin", "external_fie
 
 
 def batch_of(model: torch.nn.Module, atoms: ase.Atoms, head: str | None, dtype: torch.dtype):
+    """MACE's batch of one structure, on the CPU; see `graph_of`."""
     return torch_geometric.Batch.from_data_list([graph_of(model, atoms, head, dtype)])
 
 

@@ -101,6 +101,12 @@ def diagnose(model: torch.nn.Module, atoms: ase.Atoms, head: str | None = None, 
     return Diagnosis(len(atoms), edges, first, wall, gpu, launches, *how, peak, memory)
 
 
+def device_events(profile: torch.profiler.profile) -> list:
+    """The kernels and copies that a profile has seen on a GPU."""
+    found = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [event for event in found if not getattr(event, "is_user_annotation", False)]
+
+
 def gpu_time(call: Callable[[], object], calls: int = 1) -> tuple[float, int]:
     """Milliseconds and number of the kernels and copies of a call on a GPU, the mean over so many calls."""
     torch.cuda.synchronize()
@@ -108,8 +114,7 @@ def gpu_time(call: Callable[[], object], calls: int = 1) -> tuple[float, int]:
         for _ in range(calls):
             call()
         torch.cuda.synchronize()
-    found = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    found = [event for event in found if not getattr(event, "is_user_annotation", False)]
+    found = device_events(profile)
     return 1e-3 * sum(event.time_range.elapsed_us() for event in found) / calls, round(len(found) / calls)
 
 

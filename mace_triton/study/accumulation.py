@@ -30,9 +30,9 @@ from ..ops import dispatch
 from ..ops.graph import graph_plan
 from . import structures, training
 from .precision import by_engine, errors
-from .profile import on_gpu, relative_error
+from .profile import on_gpu
 from .sparsity import prune_linears, pruned
-from .store import Row, save
+from .store import Row, relative_error, save
 
 WORDS = training.SIXTEEN
 CALLS = 50

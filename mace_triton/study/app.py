@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,7 @@ console = Console()
 Out = Annotated[Path, typer.Option(help="Folder of results.")]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:N or cpu; default: a GPU if there is one.")]
 Data = Annotated[Path | None, typer.Option(help="The training data (npz): adds its held-out frames.")]
-Teacher = Annotated[str, typer.Option(help="'water' or 'water-medium' (shipped).")]
+Shipped = Annotated[str, typer.Option(help="'water' or 'water-medium' (shipped).")]
 Seeds = Annotated[str, typer.Option(help="Of the trainings, by commas.")]
 Workers = Annotated[int, typer.Option(help="Trainings at a time; they share the GPUs.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Toy sizes, for a CPU: minutes, and no results to keep.")]
@@ -41,9 +42,24 @@ def seeds_of(words: str, workers: int) -> tuple[int, ...]:
         raise ValueError(f"--seeds takes whole numbers between commas, got {words!r}") from None
 
 
+def told(path: Path) -> None:
+    """Say where results are."""
+    console.print(f"results: {path}; `mace-triton study report` turns them into a page", highlight=False)
+
+
+def with_students(
+    run: Callable[..., Path], model: str, seeds: str, workers: int, out: Path, device: str | None, quick: bool
+) -> None:
+    """A study that trains students of a shipped model."""
+    from ..calculator import check_device
+
+    check_water(model)
+    told(run(model, out, check_device(device), seeds_of(seeds, workers), workers, quick, console))
+
+
 @app.command()
 def precision(
-    model: Annotated[str, typer.Option(help="'water' or 'water-medium' (shipped).")] = "water-medium",
+    model: Shipped = "water-medium",
     data: Data = None,
     out: Out = FOLDER,
     device: Device = None,
@@ -58,7 +74,7 @@ def precision(
         if data is not None and not data.is_file():
             raise ValueError(f"--data: no such file: {data}")
         path = run(model, data, out, check_device(device), quick, console)
-    console.print(f"results: {path}; `mace-triton study report` turns them into a page", highlight=False)
+    told(path)
 
 
 @app.command()
@@ -69,7 +85,7 @@ def profile(out: Out = FOLDER, device: Device = None, quick: Quick = False) -> N
         from .profile import run
 
         path = run(out, check_device(device), quick, console)
-    console.print(f"results: {path}; `mace-triton study report` turns them into a page", highlight=False)
+    told(path)
 
 
 @app.command()
@@ -102,12 +118,12 @@ def md(
             raise ValueError(f"--workers must be at least 1, got {workers}")
         plan = Plan(model, tuple(policies.split(",")), tuple(ensembles.split(",")), replicas, steps, side, every)
         path = run(plan, runs, out, check_device(device), workers, quick, console)
-    console.print(f"results: {path}; `mace-triton study report` turns them into a page", highlight=False)
+    told(path)
 
 
 @app.command()
 def training(
-    model: Teacher = "water-medium",
+    model: Shipped = "water-medium",
     seeds: Seeds = "1,2,3,4,5",
     workers: Workers = 1,
     out: Out = FOLDER,
@@ -116,18 +132,14 @@ def training(
 ) -> None:
     """The same toy training under several precisions of compute and of stored weights. Results of other seeds stay."""
     with one_line_errors():
-        from ..calculator import check_device
         from .training import run
 
-        check_water(model)
-        numbers = seeds_of("1,2" if quick else seeds, workers)
-        path = run(model, out, check_device(device), numbers, workers, quick, console)
-    console.print(f"results: {path}; `mace-triton study report` turns them into a page", highlight=False)
+        with_students(run, model, "1,2" if quick else seeds, workers, out, device, quick)
 
 
 @app.command()
 def accumulation(
-    model: Teacher = "water-medium",
+    model: Shipped = "water-medium",
     seeds: Seeds = "1,2,3,4,5",
     workers: Workers = 1,
     out: Out = FOLDER,
@@ -136,13 +148,9 @@ def accumulation(
 ) -> None:
     """16-bit accumulators and 2:4 sparse linears: what they cost and what they give. None is in the product."""
     with one_line_errors():
-        from ..calculator import check_device
         from .accumulation import run
 
-        check_water(model)
-        numbers = seeds_of("1" if quick else seeds, workers)
-        path = run(model, out, check_device(device), numbers, workers, quick, console)
-    console.print(f"results: {path}; `mace-triton study report` turns them into a page", highlight=False)
+        with_students(run, model, "1" if quick else seeds, workers, out, device, quick)
 
 
 @app.command()

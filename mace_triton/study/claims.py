@@ -20,6 +20,8 @@ CUEQ_FACTOR = 3.0
 """And of cuEquivariance."""
 HURT = 0.05
 """Part of FP32's force error: a mode whose error is surely higher by more hurts, one surely not does not."""
+PAYS = 1.05
+"""Times faster than with FP32 sums, dense: less is not worth an error."""
 OPEN = ("not measured yet", "open")
 
 Line = tuple[str, str, str]
@@ -72,8 +74,10 @@ def ratios(study: Row, one: tuple[str, str], other: tuple[str, str]) -> dict[tup
     return both
 
 
-def _factors(study: Row | None, one: tuple[str, str], other: tuple[str, str], wanted: float) -> tuple[str, str]:
-    """How often one takes the other's time, by l and size, and where that comes to what is wanted."""
+def _factors(
+    head: str, study: Row | None, one: tuple[str, str], other: tuple[str, str], wanted: float
+) -> tuple[str, str]:
+    """How often one takes the other's time, by l and size, behind a head; and where that comes to what is wanted."""
     found = ratios(study, one, other) if study else {}
     if not found:
         return OPEN
@@ -83,25 +87,21 @@ def _factors(study: Row | None, one: tuple[str, str], other: tuple[str, str], wa
     ]
     there = [f"l = {level}, {atoms} atoms" for (level, atoms), (_, _, high, _) in found.items() if high >= wanted]
     where = f"confirmed for {'; '.join(there)}" if there else "not confirmed"
-    return "; ".join(said), "confirmed" if len(there) == len(found) else where
+    return head + "; ".join(said), "confirmed" if len(there) == len(found) else where
 
 
 def _backends(study: Row | None) -> tuple[str, str]:
-    text, verdict = _factors(study, ("e3nn", "fp32"), ("cueq", "fp32"), CUEQ_FACTOR)
-    return (
-        (text, verdict)
-        if (text, verdict) == OPEN
-        else (f"e3nn's wall time over cuEq's, both FP32 (and GPU time): {text}", verdict)
-    )
+    head = "e3nn's wall time over cuEq's, both FP32 (and GPU time): "
+    return _factors(head, study, ("e3nn", "fp32"), ("cueq", "fp32"), CUEQ_FACTOR)
 
 
 def _cast(study: Row | None) -> tuple[str, str]:
     said, verdict = [], []
     for word in ("bf16", "fp16"):
-        text, found = _factors(study, ("cueq", "fp32"), ("cueq", f"{word} linears"), FACTOR)
+        text, found = _factors(f"{word}: ", study, ("cueq", "fp32"), ("cueq", f"{word} linears"), FACTOR)
         if (text, found) == OPEN:
             return OPEN
-        said.append(f"{word}: {text}")
+        said.append(text)
         verdict.append(f"{word}: {found}")
     text = f"cuEq's FP32 wall time over that with its linears cast (and GPU time): {'; '.join(said)}"
     return text, "not confirmed" if all("not" in word for word in verdict) else "; ".join(verdict)
@@ -167,10 +167,6 @@ def _crystals(study: Row | None) -> tuple[str, str]:
     text = f"largest force of {crystals} crystals, eV/angstrom: "
     text += ", ".join(f"{name} {largest[name]:.0e}" for name in shown)
     return text, f"confirmed for {', '.join(over)}" if over else f"not confirmed: all below {STILL:g}"
-
-
-PAYS = 1.05
-"""Times faster than with FP32 sums, dense: less is not worth an error."""
 
 
 def gains(study: Row, variant: str, beside: str) -> dict[str, tuple[float, float, float]]:

@@ -181,7 +181,7 @@ def recall(plan: Plan, runs: Path, results: Path, about: Row) -> None:
     runs.mkdir(parents=True, exist_ok=True)
     for unit in units_of(plan):
         row = rows.get((unit.ensemble, Path(unit.policy).stem, unit.seed))
-        if row and row["words"] == unit.words and not given(unit, plan, runs):
+        if row and row.get("words") == unit.words and not given(unit, plan, runs):
             note(unit, plan, runs, {key: row[key] for key in ("observables", "curves")})
 
 

@@ -36,7 +36,7 @@ from ..precision import PRESETS
 from ..water import water_box
 from . import backends
 from .precision import milliseconds, wait_for
-from .store import Row, save
+from .store import Row, relative_error, save
 
 ELEMENTS = (1, 8)
 ENGINE = "engine"
@@ -143,11 +143,6 @@ class Subject:
                 return model(dict(data), training=False, compute_force=True)["forces"].detach()
 
         return Subject(call, model, data["edge_index"])
-
-
-def relative_error(got: Tensor, exact: Tensor) -> float:
-    """In the Frobenius norm, in FP64, where `exact` lies."""
-    return float((got.to(exact.device).double() - exact).norm() / exact.norm())
 
 
 def on_gpu(call: Callable[[], object], calls: int) -> tuple[float | None, int | None]:

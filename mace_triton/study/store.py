@@ -116,6 +116,13 @@ def mean_interval(values: np.ndarray) -> tuple[float, float | None, float | None
     return mean, mean - float(half), mean + float(half)
 
 
+def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    """In the Frobenius norm, in FP64, where `exact` lies; NaN where anything is NaN."""
+    exact = exact.to(torch.float64)
+    difference = got.detach().to(exact.device, torch.float64) - exact
+    return float(difference.norm() / exact.norm().clamp_min(1e-300))
+
+
 def root_mean_square(values: np.ndarray) -> np.ndarray:
     """Of values along the last axis."""
     return np.sqrt(np.mean(np.square(values), axis=-1))
