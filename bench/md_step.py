@@ -21,6 +21,7 @@ import ase
 import numpy as np
 import torch
 
+from mace_triton.engine import SKIN
 from mace_triton.md import BAROSTAT, THERMOSTAT
 
 from . import blocks, models, providers, structures, timing
@@ -29,8 +30,6 @@ from .blocks import Prepared
 DIRECTIONS = ("Langevin step", "torch-sim step", "NPT step")
 TIME_STEP, TEMPERATURE, FRICTION = 0.5, 300.0, 0.01
 """fs, K, 1 / fs: for water, and for models whose random weights make of it what they will."""
-SKIN = 1.0
-"""Angstrom, of our calculator's engine."""
 STEPS, FEW_STEPS, SLOW_MS = 21, 5, 300
 """Of so many steps the median is taken; of few where one takes longer than so many milliseconds."""
 UNIT = 5184

@@ -20,7 +20,7 @@ from mace.modules import models
 from . import checks
 from .certify import Certificate, certify, pick_head, piece, single_point
 from .convert import accelerate, load_model
-from .engine import Engine, Results
+from .engine import SKIN, Engine, Results
 from .engine.compiling import noted, together
 from .models import FOLDER, SHIPPED, load_stored
 from .precision import Precision
@@ -59,7 +59,7 @@ class MACETritonCalculator(MACECalculator):
         head: str | None = None,
         device: str | None = None,
         deterministic: bool = False,
-        skin: float | None = 1.0,
+        skin: float | None = SKIN,
         **kwargs,
     ):
         device = check_device(device)

@@ -128,7 +128,7 @@ def md(
     precision: Precision = None,
     head: Head = None,
     device: Device = None,
-    skin: Annotated[float, typer.Option(help="Angstrom beyond the cutoff in which neighbours are kept.")] = 1.0,
+    skin: Annotated[float, typer.Option(help="Angstrom beyond the cutoff in which neighbours are kept.")] = 1.5,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="The same bits on every run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Run although the certificate failed.")] = False,
 ) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .convert import report
-from .engine import Engine
+from .engine import SKIN, Engine
 from .engine.memory import USABLE, Footprint, footprint
 
 STEPS = 15
@@ -71,7 +71,7 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def diagnose(model: torch.nn.Module, atoms: ase.Atoms, head: str | None = None, skin: float = 1.0) -> Diagnosis:
+def diagnose(model: torch.nn.Module, atoms: ase.Atoms, head: str | None = None, skin: float = SKIN) -> Diagnosis:
     """Make an engine for `atoms` (which stay as they are), run some steps, measure them.
 
     Raises what `Engine` raises.

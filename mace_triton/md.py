@@ -30,6 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .calculator import MACETritonCalculator, check_device
 from .certify import check_structure
 from .demo import describe_cell, where
+from .engine import SKIN
 from .precision import Precision
 
 ENSEMBLES = ("nve", "nvt", "npt")
@@ -61,7 +62,7 @@ class Options:
     precision: str | None = None
     head: str | None = None
     device: str | None = None
-    skin: float = 1.0
+    skin: float = SKIN
     deterministic: bool = False
     force: bool = False
 

@@ -15,7 +15,7 @@ from torch_sim.models.interface import ModelInterface
 
 from .calculator import check_device, load
 from .convert import accelerate
-from .engine import Engine, Results
+from .engine import SKIN, Engine, Results
 from .precision import Precision
 
 ENGINES = 4
@@ -41,7 +41,7 @@ class MACETritonModel(ModelInterface):
         precision: str | Precision | None = None,
         head: str | None = None,
         device: str | torch.device | None = None,
-        skin: float = 1.0,
+        skin: float = SKIN,
         compute_stress: bool = True,
     ):
         super().__init__()

@@ -1,5 +1,7 @@
 """`mace-triton md`: ensembles, files, restarts after any interruption, errors of one line."""
 
+import inspect
+
 import ase.build
 import ase.io
 import mace  # noqa: F401  before e3nn
@@ -9,8 +11,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from mace_triton import cli, md
+import mace_triton as mt
+from mace_triton import cli, md, torchsim
 from mace_triton.certify import Certificate
+from mace_triton.doctor import diagnose
+from mace_triton.engine import SKIN
 from mace_triton.water import water_box
 
 # Without a GPU: as users run it, not in the interpreter.
@@ -187,3 +192,8 @@ def test_what_is_no_structure_is_named(files, tmp_path):
     wrong = tmp_path / "wrong.xyz"
     wrong.write_text("not a structure")
     assert "no structure that ASE can read" in invoke(files[0], wrong).output
+
+
+def test_every_face_has_the_same_skin():
+    faces = (mt.Engine, mt.MACETritonCalculator, torchsim.MACETritonModel, diagnose, md.Options, cli.md)
+    assert {inspect.signature(face).parameters["skin"].default for face in faces} == {SKIN}

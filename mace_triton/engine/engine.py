@@ -47,6 +47,8 @@ ROOM = 1.02
 """How much larger than its content a bucket is made."""
 LESS = 0.7
 """Of the memory that a step was thought to take: what it may take where it did not fit."""
+SKIN = 1.5
+"""Angstrom: with less, water finds neighbours so often that steps take longer (docs/engine.md)."""
 WARM_UP = 3
 """Evaluations before capture: TorchScript takes two to settle, and kernels compile in the first."""
 
@@ -98,7 +100,7 @@ class Engine:
         *,
         head: str | None = None,
         stress: bool = True,
-        skin: float = 1.0,
+        skin: float = SKIN,
         keys: KeySpecification | None = None,
         memory: int | None = None,
     ):
