@@ -150,6 +150,11 @@ class _Plan(NamedTuple):
     constants: dict
 
 
+LONGEST = {"tf32x3": 32}
+"""mode -> how many products the matrix units may add up themselves, whatever the tile says. They cut what they add: a
+sum of 128 has 2.8 times the error of four of 32 whose own sum is rounded (`products.dot`, docs/numerics.md)."""
+
+
 def supported(mode: str) -> str:
     """AMD has FP32 matrix instructions and no 3xTF32: exact FP32 stands in for the tf32 modes there."""
     return "ieee" if torch.version.hip and mode.startswith("tf32") else mode
@@ -190,7 +195,8 @@ def _map_plan(problem, transposed: bool, mode: str, scale: float, device: torch.
     """Tables of the forward (transposed=False) or of its transpose."""
     groups = problem.groups_transposed if transposed else problem.groups
     x_layout, out_layout = (problem.layout_in, problem.layout_out)[:: -1 if transposed else 1]
-    block_k = _fit(tile["BLOCK_K"], [s.mul for g in groups for s in g.segments] or [16])
+    longest = LONGEST.get(mode, tile["BLOCK_K"])
+    block_k = _fit(min(tile["BLOCK_K"], longest), [s.mul for g in groups for s in g.segments] or [16])
     block_n = _fit(tile["BLOCK_N"], [g.mul for g in groups])
     group_rows, block_rows = [], []
     for group in groups:

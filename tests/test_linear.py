@@ -151,6 +151,31 @@ def test_every_tile_gives_the_same_map(tile, device):
         check_against_fp64(case("slots"), "ieee", device)
 
 
+def test_3xtf32_adds_up_short_blocks_whatever_the_tile_says(device):
+    tile = tiles.Tile.of(BLOCK_M=16, BLOCK_N=32, BLOCK_K=128, LANES=4)
+    problem = LinearProblem("128x0e+128x1o", "64x0e+64x1o")
+    blocks = {mode: kernels._map_plan(problem, False, mode, 1.0, device, tile).constants["BLOCK_K"] for mode in MODES}
+    assert blocks.pop("tf32x3") == 32
+    assert set(blocks.values()) == {128}
+
+
+@pytest.mark.parametrize("nodes", [8, 24, 192, 400, 1000])
+def test_3xtf32_is_as_exact_as_fp32(nodes, device):
+    """Root mean square error, over FP64's root mean square: FP32's is 2.1e-7 for sums of 128 products."""
+    if device.type != "cuda":
+        pytest.skip("the interpreter's products are FP32")
+    for layouts in (("mul_ir", "ir_mul"), ("ir_mul", "mul_ir"), ("ir_mul", "ir_mul")):
+        problem = LinearProblem("128x0e+128x1o", "128x0e+128x1o", layout_in=layouts[0], layout_out=layouts[1])
+        x, grad = (torch.randn(nodes, problem.dim_in, device=device) for _ in range(2))
+        weight = torch.randn(problem.weight_numel, device=device)
+        found = kernels.forward(problem, x, weight, None, None, "tf32x3", 1.0, torch.float32)
+        back = kernels.grad_x(problem, grad, weight, "tf32x3", 1.0)
+        exact = reference.linear(problem, x.double(), weight.double(), "fp64")
+        exact_back = reference.linear_grad_x(problem, grad.double(), weight.double(), "fp64", 1.0)
+        for actual, wanted in ((found, exact), (back, exact_back)):
+            assert float((actual - wanted).norm() / wanted.norm()) < 2e-7
+
+
 def test_the_low_precision_modes_round_their_operands(device):
     problem = case("mace")
     data = inputs(problem, 13, torch.float32, device)
