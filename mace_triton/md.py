@@ -8,9 +8,11 @@ from its last frame, and what was written after it is cut off.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,12 +107,13 @@ class Options:
 
 @dataclass
 class State:
-    """Where a run stands: step, time (fs), and how long its files are."""
+    """Where a run stands: step, time (fs), how long its files are, and the policy it ran in, as JSON of its words."""
 
     step: int = 0
     time: float = 0.0
     trajectory_bytes: int = 0
     table_bytes: int = 0
+    words: str = ""
 
 
 def run(options: Options, console: Console) -> State:
@@ -131,9 +134,18 @@ def run(options: Options, console: Console) -> State:
         deterministic=options.deterministic,
         skin=options.skin,
     )
+    policy = calculator.models[0].mace_triton.precision
+    if state.words and not policy.says(json.loads(state.words)):
+        raise ValueError(
+            f"--resume: {options.restart} is of a run in another --precision than {policy.name} ({state.words}); take "
+            "that, or start a new run from the last frame by another --out"
+        )
+    state.words = json.dumps(policy.words)
     check_structure(atoms, calculator.z_table.zs)
     if options.ensemble == "npt" and not atoms.pbc.all():
         raise ValueError("--ensemble npt needs a structure that is periodic in all directions")
+    if options.resume:
+        cut_off(state, options)
     atoms.calc = calculator
     console.print(f"model {options.model}, {len(atoms)} atoms, box of {describe_cell(atoms)}", highlight=False)
     certificate = calculator.certify(atoms)
@@ -158,15 +170,25 @@ def read(options: Options) -> tuple[ase.Atoms, State]:
         atoms.set_cell(kept["cell"])
         atoms.set_positions(kept["positions"])
         atoms.set_momenta(kept["momenta"])
-        step, *sizes = (int(kept[name]) for name in ("step", "trajectory_bytes", "table_bytes"))
-        state = State(step, float(kept["time"]), *sizes)
+        state = state_of(kept)
     if state.step >= options.steps:
         raise ValueError(f"--resume: the run has done {state.step} steps already; ask for more than that by --steps")
-    for path, size in ((options.trajectory, state.trajectory_bytes), (options.table, state.table_bytes)):
+    return atoms, state
+
+
+def state_of(kept: Mapping[str, np.ndarray]) -> State:
+    """The state in an open restart file; files of older versions know no policy."""
+    return State(**{name: kept[name].item() for name in vars(State()) if name in kept})
+
+
+def cut_off(state: State, options: Options) -> None:
+    """Cut off what an interrupted run wrote behind its restart file. Raises ValueError if even that is not there."""
+    parts = ((options.trajectory, state.trajectory_bytes), (options.table, state.table_bytes))
+    for path, size in parts:
         if not path.is_file() or path.stat().st_size < size:
             raise ValueError(f"--resume: {path} is shorter than when {options.restart} was written")
+    for path, size in parts:
         os.truncate(path, size)
-    return atoms, state
 
 
 def read_structure(path: Path) -> ase.Atoms:

@@ -87,6 +87,15 @@ class Precision:
         """The torch dtype of the stored radial weights."""
         return TORCH_DTYPES[self.tensor_product]
 
+    @property
+    def words(self) -> dict[str, str]:
+        """The policy block by block, without its name: policies of the same words compute alike."""
+        return {field: word for field, word in asdict(self).items() if field != "name"}
+
+    def says(self, words: dict[str, str]) -> bool:
+        """Whether this is the policy of these words, which may come from a version that knew fewer blocks."""
+        return words.items() <= self.words.items()
+
     @staticmethod
     def parse(precision: str | Path | Precision) -> Precision:
         """A policy from its name or its file (.json, see `save`), or the policy itself.

@@ -162,6 +162,9 @@ def test_what_exists_is_not_overwritten(files, tmp_path):
     ase.io.write(other, ase.build.molecule("H2O"))
     assert "other atoms" in invoke(files[0], other, "--steps", 2, "--out", out, "--resume").output
     assert out.read_bytes() == before
+    result = invoke(*files, "--steps", 2, "--out", out, "--resume", "--precision", "fp32")
+    assert "in another --precision than fp32" in result.output
+    assert out.read_bytes() == before
     out.write_bytes(before[:10])
     assert "is shorter" in invoke(*files, "--steps", 2, "--out", out, "--resume").output
 

@@ -110,6 +110,8 @@ def test_a_small_study_of_dynamics_goes_on(tmp_path, monkeypatch, reference_path
     assert not (tmp_path / "longer").exists()
     monkeypatch.setitem(PRESETS, "fp32", dataclasses.replace(PRESETS["fp32"], readout="bf16"))
     assert dynamics.given(Unit("nvt", "fp32", 1), plan, runs) is None  # it was another policy
+    with pytest.raises(ValueError, match="nvt-fp32-1 is of another policy than fp32 is now"):
+        dynamics.run(plan, runs, tmp_path / "again", "cpu", 1, True, quiet)
     dynamics.recall(plan, tmp_path / "changed", tmp_path / "md.json", {"model": "water", "steps": 16})
     assert [found.name for found in (tmp_path / "changed").iterdir()] == ["nvt-fp64-1.json"]
     report.write(tmp_path)

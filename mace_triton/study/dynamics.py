@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -112,7 +112,7 @@ class Unit:
     @property
     def words(self) -> dict[str, str]:
         """What the policy is, block by block."""
-        return {field: word for field, word in asdict(Precision.parse(self.policy)).items() if field != "name"}
+        return Precision.parse(self.policy).words
 
     def options(self, plan: Plan, folder: Path, device: str) -> md.Options:
         """For `mace-triton md`; it goes on where a run of it was cut off."""
@@ -148,11 +148,27 @@ def done(unit: Unit, plan: Plan, folder: Path) -> int:
     """Steps that a run has done, by its restart file, or by what it gave if it has ended."""
     if given(unit, plan, folder):
         return plan.steps
+    return begun(unit, folder).step
+
+
+def begun(unit: Unit, folder: Path) -> md.State:
+    """Where a run stands by its restart file."""
     path = folder / f"{unit.name}.restart.npz"
     if not path.is_file():
-        return 0
+        return md.State()
     with np.load(path) as kept:
-        return int(kept["step"])
+        return md.state_of(kept)
+
+
+def check_begun(units: list[Unit], folder: Path) -> None:
+    """Raise ValueError for the first run that was begun under another policy of the same name."""
+    for unit in units:
+        words = begun(unit, folder).words
+        if words and not Precision.parse(unit.policy).says(json.loads(words)):
+            raise ValueError(
+                f"--runs: {folder / unit.name} is of another policy than {unit.policy} is now ({words}); take another "
+                "folder, or move that run's files away"
+            )
 
 
 def given(unit: Unit, plan: Plan, folder: Path) -> Row | None:
@@ -198,6 +214,7 @@ def simulate(
         if not start.is_file():
             ase.io.write(start, water_box(plan.side, seed=seed))
     todo = [unit for unit in units_of(plan) if not given(unit, plan, folder)]
+    check_begun(todo, folder)
     columns = (TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     total = plan.steps * len(units_of(plan))
     # Working out is Python's, so it takes processes; this one only waits.
