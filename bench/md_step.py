@@ -21,8 +21,8 @@ import ase
 import numpy as np
 import torch
 
+from mace_triton import md
 from mace_triton.engine import SKIN
-from mace_triton.md import BAROSTAT, THERMOSTAT
 
 from . import blocks, models, providers, structures, timing
 from .blocks import Prepared
@@ -174,20 +174,10 @@ def _dynamics(atoms: ase.Atoms, direction: str) -> Callable[[], object]:
 
     rng = np.random.default_rng(0)
     MaxwellBoltzmannDistribution(atoms, temperature_K=TEMPERATURE, rng=rng)
-    return (langevin(atoms, rng) if direction == DIRECTIONS[0] else npt(atoms)).step
-
-
-def npt(atoms: ase.Atoms):
-    """ASE's isotropic NPT dynamics as `mace-triton md` runs it, but at the pressure that there is.
-
-    At 1 bar a box under random weights would leave its size fast.
-    """
-    from ase import units
-    from ase.md.nose_hoover_chain import IsotropicMTKNPT
-
-    step, pressure = TIME_STEP * units.fs, -float(np.mean(atoms.get_stress(include_ideal_gas=True)[:3]))
-    damping = {"tdamp": THERMOSTAT * units.fs, "pdamp": BAROSTAT * units.fs}
-    return IsotropicMTKNPT(atoms, step, temperature_K=TEMPERATURE, pressure_au=pressure, **damping)
+    if direction == DIRECTIONS[0]:
+        return langevin(atoms, rng).step
+    # At the pressure that there is: at 1 bar a box under random weights would leave its size fast.
+    return md.npt(atoms, TIME_STEP, TEMPERATURE, md.pressure_of(atoms)).step
 
 
 def langevin(atoms: ase.Atoms, rng: np.random.Generator, friction: float = FRICTION):

@@ -169,6 +169,11 @@ def _map_mode(problem, transposed: bool, mode: str) -> str:
     return "ieee" if mode == "tf32x3" and min(lengths, default=0) < 64 else supported(mode)
 
 
+def _summed(block: int, mode: str) -> int:
+    """`block` products of a sum, no more than the matrix units may add up."""
+    return min(block, LONGEST.get(mode, block))
+
+
 def _fit(block: int, muls: list[int]) -> int:
     """`block`, made smaller (never below 16) as long as that wastes fewer masked channels."""
     waste = {b: sum(-mul % b for mul in muls) for b in (16, 32, 64, 128, 256) if b <= block}
@@ -195,8 +200,7 @@ def _map_plan(problem, transposed: bool, mode: str, scale: float, device: torch.
     """Tables of the forward (transposed=False) or of its transpose."""
     groups = problem.groups_transposed if transposed else problem.groups
     x_layout, out_layout = (problem.layout_in, problem.layout_out)[:: -1 if transposed else 1]
-    longest = LONGEST.get(mode, tile["BLOCK_K"])
-    block_k = _fit(min(tile["BLOCK_K"], longest), [s.mul for g in groups for s in g.segments] or [16])
+    block_k = _fit(_summed(tile["BLOCK_K"], mode), [s.mul for g in groups for s in g.segments] or [16])
     block_n = _fit(tile["BLOCK_N"], [g.mul for g in groups])
     group_rows, block_rows = [], []
     for group in groups:
@@ -246,7 +250,7 @@ def _wgrad_plan(problem, mode: str, scale: float, device: torch.device, tile: ti
         "ALIGN": _align(*numbers),
         "INTERPRET": interpreting(),
         "LANES": min(tile["LANES"], block_u, block_w),
-        "BLOCK_R": tile["BLOCK_R"],
+        "BLOCK_R": _summed(tile["BLOCK_R"], mode),
         "BLOCK_U": block_u,
         "BLOCK_W": block_w,
     }

@@ -115,6 +115,10 @@ class State:
     table_bytes: int = 0
     words: str = ""
 
+    def ran_in(self, policy: Precision) -> bool:
+        """Whether that was this policy, as far as a restart file tells: those of older versions do not."""
+        return not self.words or policy.says(json.loads(self.words))
+
 
 def run(options: Options, console: Console) -> State:
     """Certificate, then dynamics to `options.steps`. Returns where the run ended.
@@ -135,7 +139,7 @@ def run(options: Options, console: Console) -> State:
         skin=options.skin,
     )
     policy = calculator.models[0].mace_triton.precision
-    if state.words and not policy.says(json.loads(state.words)):
+    if not state.ran_in(policy):
         raise ValueError(
             f"--resume: {options.restart} is of a run in another --precision than {policy.name} ({state.words}); take "
             "that, or start a new run from the last frame by another --out"
@@ -177,7 +181,7 @@ def read(options: Options) -> tuple[ase.Atoms, State]:
 
 
 def state_of(kept: Mapping[str, np.ndarray]) -> State:
-    """The state in an open restart file; files of older versions know no policy."""
+    """The state in an open restart file."""
     return State(**{name: kept[name].item() for name in vars(State()) if name in kept})
 
 
@@ -208,12 +212,23 @@ def integrator(atoms: ase.Atoms, state: State, options: Options) -> MolecularDyn
         rng = np.random.default_rng((options.seed, 1, state.step))
         friction = options.friction / units.fs
         return Langevin(atoms, step, temperature_K=options.temperature, friction=friction, rng=rng)
+    return npt(atoms, options.timestep, options.temperature, options.pressure)
+
+
+def npt(atoms: ase.Atoms, timestep: float, temperature: float, pressure: float) -> MolecularDynamics:
+    """ASE's isotropic dynamics at a temperature (K) and a pressure (bar), in steps of so many fs."""
     try:
         from ase.md.nose_hoover_chain import IsotropicMTKNPT
     except ImportError as error:
         raise ValueError("--ensemble npt needs ase 3.25 or newer") from error
-    pressure, damping = options.pressure * BAR, {"tdamp": THERMOSTAT * units.fs, "pdamp": BAROSTAT * units.fs}
-    return IsotropicMTKNPT(atoms, step, temperature_K=options.temperature, pressure_au=pressure, **damping)
+    damping = {"tdamp": THERMOSTAT * units.fs, "pdamp": BAROSTAT * units.fs}
+    step, pressure = timestep * units.fs, pressure * BAR
+    return IsotropicMTKNPT(atoms, step, temperature_K=temperature, pressure_au=pressure, **damping)
+
+
+def pressure_of(atoms: ase.Atoms) -> float:
+    """Bar, with the ideal gas."""
+    return -float(np.mean(atoms.get_stress(include_ideal_gas=True)[:3])) / BAR
 
 
 def dynamics(atoms: ase.Atoms, state: State, options: Options, console: Console) -> State:
@@ -263,7 +278,7 @@ def write(atoms: ase.Atoms, state: State, options: Options, speed: float) -> Non
     pressure = volume = float("nan")
     if atoms.pbc.all():
         results["stress"], volume = atoms.get_stress(), atoms.get_volume()
-        pressure = -np.mean(atoms.get_stress(include_ideal_gas=True)[:3]) / BAR
+        pressure = pressure_of(atoms)
     frame.calc = SinglePointCalculator(frame, **results)
     ase.io.write(options.trajectory, frame, format="extxyz", append=True)
     energies = results["energy"], atoms.get_kinetic_energy()

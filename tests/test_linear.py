@@ -157,6 +157,10 @@ def test_3xtf32_adds_up_short_blocks_whatever_the_tile_says(device):
     blocks = {mode: kernels._map_plan(problem, False, mode, 1.0, device, tile).constants["BLOCK_K"] for mode in MODES}
     assert blocks.pop("tf32x3") == 32
     assert set(blocks.values()) == {128}
+    tile = tiles.Tile.of(BLOCK_R=64, BLOCK_U=64, BLOCK_W=64, LANES=4)
+    blocks = {mode: kernels._wgrad_plan(problem, mode, 1.0, device, tile).constants["BLOCK_R"] for mode in MODES}
+    assert blocks.pop("tf32x3") == 32
+    assert set(blocks.values()) == {64}
 
 
 @pytest.mark.parametrize("nodes", [8, 24, 192, 400, 1000])

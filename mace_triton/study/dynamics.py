@@ -163,11 +163,11 @@ def begun(unit: Unit, folder: Path) -> md.State:
 def check_begun(units: list[Unit], folder: Path) -> None:
     """Raise ValueError for the first run that was begun under another policy of the same name."""
     for unit in units:
-        words = begun(unit, folder).words
-        if words and not Precision.parse(unit.policy).says(json.loads(words)):
+        state = begun(unit, folder)
+        if not state.ran_in(Precision.parse(unit.policy)):
             raise ValueError(
-                f"--runs: {folder / unit.name} is of another policy than {unit.policy} is now ({words}); take another "
-                "folder, or move that run's files away"
+                f"--runs: {folder / unit.name} is of another policy than {unit.policy} is now ({state.words}); take "
+                "another folder, or move that run's files away"
             )
 
 
