@@ -90,6 +90,22 @@ def test_any_size(narrow, wide, rows, pair):
     check(narrow, wide, rows, *pair, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+@pytest.mark.parametrize(("narrow", "error"), [(64, 2.2e-7), (128, 1.8e-7)])
+def test_3xtf32_is_near_fp32(narrow, error, device):
+    """Root mean square error over FP64's root mean square; FP32's: 1.4e-7 for sums of 64 products, 2.1e-7 of 128."""
+    if device.type != "cuda":
+        pytest.skip("the interpreter's products are FP32")
+    problem = problem_of(narrow, 640)
+    x, grad = torch.randn(500, narrow, device=device), torch.randn(500, 640, device=device)
+    weight = torch.randn(problem.weight_numel, device=device)
+    found = kernels.forward(problem, x, weight, None, None, "tf32x3", 1.0, torch.float32)
+    exact = reference.linear(problem, x.double(), weight.double(), "fp64")
+    assert float((found - exact).norm() / exact.norm()) < error
+    back = kernels.grad_x(problem, grad, weight, "tf32x3", 1.0)
+    exact = reference.linear_grad_x(problem, grad.double(), weight.double(), "fp64", 1.0)
+    assert float((back - exact).norm() / exact.norm()) < 2e-7
+
+
 def test_a_copy_of_the_weights_gives_the_same_bits(device, launched, monkeypatch):
     problem = problem_of(64, 128)
     x = torch.randn(5, 64, device=device, requires_grad=True)
