@@ -14,8 +14,9 @@ twin; the one that comes first counts the pair, in the same passes (its number i
 pass gives every edge the number of its pair. A candidate whose twin is itself has a pair of its own.
 
 A list has `capacity` places, and what is near may be less. The rest is filled with edges of idle nodes, `idle` of them
-behind the real ones: from such a node to itself and further than any cutoff, at most PAD an idle node but for the
-first. What is near may also be more: places beyond the capacity are not written, and the count tells.
+behind the real ones: from such a node to itself and further than any cutoff, as many for each. They are in no row: an
+idle node's is empty, so programs that walk rows do not see them, however many there are. What is near may also be more:
+places beyond the capacity are not written, and the count tells.
 """
 
 from __future__ import annotations
@@ -23,9 +24,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
-PAD = 64
-"""Idle edges an idle node."""
 
 
 @triton.jit
@@ -91,7 +89,6 @@ def edge_filter_write_kernel(
     pairs,
     far,
     BLOCK: tl.constexpr,
-    EACH: tl.constexpr,
 ):
     node = tl.program_id(0)
     if node < nodes:
@@ -122,7 +119,7 @@ def edge_filter_write_kernel(
         to = (node - nodes) * BLOCK + tl.arange(0, BLOCK)
         count = tl.minimum((tl.load(start_ptr + nodes) & 0x7FFFFFFF).to(tl.int32), capacity)
         mask = (to >= count) & (to < capacity)
-        s = nodes + idle - 1 - tl.minimum((capacity - 1 - to) // EACH, idle - 1)
+        s = nodes + (to - count) // tl.maximum(tl.cdiv(capacity - count, idle), 1)
         tl.store(from_ptr + to, s, mask=mask)
         tl.store(edge_ptr + to, s.to(tl.int64), mask=mask)
         tl.store(edge_ptr + capacity.to(tl.int64) + to, s.to(tl.int64), mask=mask)
@@ -130,8 +127,7 @@ def edge_filter_write_kernel(
             unit = tl.full([BLOCK], 1.0 if axis == 0 else 0.0, tl.float32)
             tl.store(out_shift_ptr + 3 * to + axis, far * unit, mask=mask)
             tl.store(out_unit_ptr + 3 * to + axis, unit, mask=mask)
-        row = tl.where(to == 0, count, tl.maximum(capacity - (idle - to) * EACH, count))
-        tl.store(row_ptr + nodes + to, row, mask=to <= idle)
+        tl.store(row_ptr + nodes + to, tl.zeros_like(to) + count, mask=to <= idle)
 
 
 @triton.jit(do_not_specialize=["nodes", "capacity", "pairs"])
@@ -187,7 +183,6 @@ def edge_filter(x, was, rows, reach, cutoff: float, capacity: int, pairs: int, i
             *(ptr, sender, shift, unit, twin, near, start, row_ptr, senders, edge_index, shifts, units),
             *(number, chosen, edge_of, nodes, idle, capacity, pairs, far),
             BLOCK=block,
-            EACH=PAD,
             num_warps=4,
         )
         edge_filter_pair_kernel[(triton.cdiv(max(capacity, pairs), block),)](
@@ -216,7 +211,7 @@ def offline_cases(target: str = "sm_90", dtypes: tuple[str, ...] = ("fp64", "fp3
         for step, arguments in names.items():
             signature = {name: words.get(name, scalars.get(name, f"*{dtype}")) for name in arguments.split()}
             signature |= {"count_ptr": "*i64" if step == "mark" else "*i32"} if "count_ptr" in signature else {}
-            constants = {"BLOCK": 128} | ({"EACH": PAD} if step == "write" else {})
+            constants = {"BLOCK": 128}
             pointers = tuple(name for name in signature if name.endswith("_ptr"))
             launch = (constants, 4, 1, pointers)
             cases.append(Case(f"{step} {dtype}", "edge_filter", f"edge_filter_{step}_kernel", signature, *launch))

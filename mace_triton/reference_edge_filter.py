@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import torch
 
-PAD = 64
-"""Idle edges an idle node."""
-
 
 def edge_filter(x, was, rows, reach, cutoff: float, capacity: int, pairs: int, idle: int, far: float) -> tuple:
     """As `kernels.edge_filter.edge_filter`."""
@@ -23,14 +20,12 @@ def edge_filter(x, was, rows, reach, cutoff: float, capacity: int, pairs: int, i
     kept = number[near][:capacity]
     senders, receivers = sender[kept], receiver[kept]
     spare = capacity - kept.shape[0]
-    pads = nodes + idle - 1 - (torch.arange(spare - 1, -1, -1, device=x.device) // PAD).clamp(max=idle - 1)
-    pads = pads.to(torch.int32)
+    pads = (nodes + torch.arange(spare, device=x.device) // max(1, -(-spare // idle))).to(torch.int32)
     away = torch.zeros(spare, 3, dtype=x.dtype, device=x.device)
     away[:, 0] = 1.0
     edge_index = torch.stack((torch.cat((senders, pads)), torch.cat((receivers, pads)))).long()
-    behind = (capacity - PAD * torch.arange(idle, 0, -1, device=x.device)).clamp(min=kept.shape[0])
-    behind[0] = kept.shape[0]
-    row_ptr = torch.cat((start[:-1].clamp(max=capacity), behind, behind.new_full((1,), capacity))).to(torch.int32)
+    behind = start.new_full((idle + 1,), kept.shape[0])
+    row_ptr = torch.cat((start[:-1].clamp(max=capacity), behind)).to(torch.int32)
     shifts, units = torch.cat((shift[kept], far * away)), torch.cat((unit[kept], away))
     counts = near & (twin >= number)
     numbers = (counts.cumsum(0) - 1).to(torch.int32)

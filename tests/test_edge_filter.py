@@ -77,7 +77,8 @@ def test_finds_what_a_search_finds(dtype, room, device):
     assert (edges.shifts[kept:].norm(dim=1) == FAR).all()
     receivers = edges.edge_index[1]
     ptr = torch.searchsorted(receivers.contiguous(), torch.arange(nodes + idle + 1, device=device))
-    assert torch.equal(edges.row_ptr.long(), ptr)
+    assert torch.equal(edges.row_ptr.long(), ptr.clamp(max=kept))
+    assert torch.equal(edges.plan(torch.arange(capacity, device=device)).receiver_ptr.long(), ptr)
     assert torch.equal(edges.sender.long(), edges.edge_index[0])
     check_pairs(edges, kept)
     for one, two in zip(
@@ -140,13 +141,19 @@ def test_of_pairs_that_are_listed_twice_one_has_a_twin():
     assert twins(*(e[:0] for e in ends), unit[:0]).tolist() == []
 
 
-def test_idle_nodes_share_the_idle_edges(device):
-    """64 each, so that none takes longer than a real node; the first takes the rest."""
+@pytest.mark.parametrize("capacity", [300, 5])
+def test_idle_nodes_share_the_idle_edges(capacity, device):
+    """As many each, and none in a row, so that no program walks them however many there are."""
     x = torch.zeros(2 + 4, 3, device=device)
     x[1] = 100.0
     pairs = candidates_of(x, 2, 1, spare=0)
-    edges = filtered(x, pairs, 300, 4)
-    assert edges.row_ptr.diff().tolist()[-4:] == [300 - int(edges.count) - 3 * 64, 64, 64, 64]
+    edges = filtered(x, pairs, capacity, 4)
+    spare, each = capacity - int(edges.count), -(-(capacity - int(edges.count)) // 4)
+    assert edges.row_ptr[2:].tolist() == [int(edges.count)] * 5
+    rows = edges.plan(torch.arange(capacity, device=device)).receiver_ptr.diff().tolist()[2:]
+    assert sum(rows) == spare
+    assert rows[0] == each
+    assert max(rows) == each
 
 
 @pytest.mark.parametrize(("far", "moved"), [(0.49, 0), (0.51, 1), (float("nan"), 1)])

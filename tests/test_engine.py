@@ -14,6 +14,7 @@ from test_mace_parity import EXACT, SMALL, close, e3nn_model, fast_model, rms
 
 import mace_triton as mt
 from mace_triton.engine import Engine, Results
+from mace_triton.engine.engine import SLACK, bucket
 from mace_triton.engine.shares import Share, hold, shares
 from mace_triton.ops import dispatch
 
@@ -152,6 +153,25 @@ def test_the_bucket_grows_and_the_step_is_repeated(device, reference_path):
     assert evaluated == [[30 * 26, 0], [30 * 26, 0]]  # too many of them, with candidates that hold; then room for all
     assert found.capacity >= 30 * 26
     assert found.rebuilds == 2
+
+
+def test_the_bucket_shrinks_where_atoms_part(device, reference_path):
+    """Chains whose third neighbours leave, then second ones. Until it does, idle edges take the places."""
+    model = e3nn_model("mp-small", device)
+    chain = np.arange(8)[:, None] * np.array([[float(model.r_max), 0.0, 0.0]])
+    found, first = None, 0
+    for spacing, neighbours in ((0.3, 36), (0.33, 36), (0.35, 26), (0.6, 14), (0.3, 36)):
+        chains = [ase.Atoms("O8", spacing * chain) for _ in range(30)]
+        found = found or Engine(fast_model("mp-small", device), chains, skin=0.1)
+        check(found, model, chains)
+        first = first or found.capacity
+        assert found.edges == 30 * neighbours
+        assert found.capacity == (first if neighbours == 36 else bucket(found.edges))
+    assert bucket(30 * 36) > SLACK * bucket(30 * 26)
+    chains = [ase.Atoms("O8", spacing * chain) for spacing in (0.35, *[0.3] * 29)]
+    check(found, model, chains)
+    assert found.edges < 30 * 36
+    assert found.capacity == first
 
 
 def test_without_a_skin_candidates_are_found_in_every_step(device, reference_path):

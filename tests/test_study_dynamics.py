@@ -150,6 +150,11 @@ def wait_for_rows(path, count):
     pytest.fail("no results were kept")
 
 
+def test_runs_are_dealt_out_to_the_cards_that_are_visible():
+    assert [dynamics.one_of(3, None, number) for number in range(5)] == ["0", "1", "2", "0", "1"]
+    assert [dynamics.one_of(2, "5,3", number) for number in range(3)] == ["5", "3", "5"]
+
+
 def test_a_run_that_fails_is_named(tmp_path):
     options = dynamics.Unit("nvt", "fp64", 1).options(dynamics.Plan("water", ("fp64",)), tmp_path, "cpu")
     assert "no such structure" in dynamics.run_one(options, 0, 1)

@@ -34,7 +34,6 @@ from ..nn import edge_vectors as stand_in
 from ..ops import graph, species
 from ..ops.edge_embedding import edge_vectors
 from ..ops.edge_filter import Candidates, Edges, edge_filter
-from ..reference_edge_filter import PAD
 from . import neighbours
 from .chain import Chain, uncovered
 from .compiling import noted, together
@@ -45,6 +44,10 @@ from .weights import Weights
 LOG = logging.getLogger(__name__)
 ROOM = 1.02
 """How much larger than its content a bucket is made."""
+SLACK = 1.25
+"""How much larger than need be a bucket may become, as atoms part, before a smaller one is made."""
+PAD = 256
+"""Idle edges an idle atom, when a bucket is new."""
 LESS = 0.7
 """Of the memory that a step was thought to take: what it may take where it did not fit."""
 SKIN = 1.5
@@ -246,6 +249,8 @@ class Engine:
         reach = self.cutoff + self.skin
         pairs = neighbours.candidates(self.positions, self.cells, self.periodic, self.sizes, reach)
         near = max(neighbours.near(self.positions, pairs, self.cutoff), room)
+        if self.capacity > SLACK * bucket(near):
+            self.capacity = 0
         self._listed = pairs.sender.shape[0]
         alone = int((pairs.twin == torch.arange(self._listed, device=self.device)).sum())
         full = self._pairs is None or self._listed > self._pairs.sender.shape[0] or near > self.capacity

@@ -34,10 +34,10 @@ class Edges(NamedTuple):
     """`capacity` edges sorted by receiver; those behind `count` are idle, from idle nodes to themselves.
 
     edge_index [2, capacity] int64 (sender, receiver); shifts [capacity, 3], angstrom; unit_shifts [capacity, 3];
-    row_ptr [N + idle + 1] and sender [capacity] int32 (see `GraphPlan`); pair [capacity] int32: an edge and its twin
-    share one, idle edges the last; edge_of [pairs] int32: one of a pair's edges, for pairs without edges an idle one if
-    there is any; count [1] int32, how many are near, which may
-    be more than there is room for; moved [1] int32, not zero where the candidates are out of date.
+    row_ptr [N + idle + 1] int32: where each receiver's edges begin, without the idle ones, which are in no row; sender
+    [capacity] int32; pair [capacity] int32: an edge and its twin share one, idle edges the last; edge_of [pairs] int32:
+    one of a pair's edges, for pairs without edges an idle one if there is any; count [1] int32, how many are near,
+    which may be more than there is room for; moved [1] int32, not zero where the candidates are out of date.
     """
 
     edge_index: torch.Tensor
@@ -51,9 +51,11 @@ class Edges(NamedTuple):
     moved: torch.Tensor
 
     def plan(self, perm: torch.Tensor) -> GraphPlan:
-        """The plan of these edges, for `ops.graph.given`; perm: 0 .. capacity - 1, int32."""
-        nothing = perm[:0]
-        return GraphPlan(self.edge_index, self.row_ptr, perm, self.sender, nothing, nothing, self.row_ptr.shape[0] - 1)
+        """The plan of these edges, the idle ones too, for `ops.graph.given`; perm: 0 .. capacity - 1, int32."""
+        nothing, nodes = perm[:0], self.row_ptr.shape[0] - 1
+        numbers = torch.arange(nodes + 1, device=perm.device)
+        rows = torch.searchsorted(self.edge_index[1], numbers, out_int32=True)
+        return GraphPlan(self.edge_index, rows, perm, self.sender, nothing, nothing, nodes)
 
 
 def edge_filter(
@@ -72,7 +74,7 @@ def edge_filter(
 
     x, was: [N + idle, 3] float32 or float64, angstrom, positions now and when the candidates were found. reach: [1],
     how far an atom may have gone since, angstrom. pairs: places for pairs, one more than there can be. idle: how many
-    nodes behind the N real ones take idle edges. far: the length of these, angstrom.
+    nodes behind the N real ones share the idle edges. far: the length of these, angstrom.
 
     Raises ValueError for shapes, dtypes or devices that do not fit, and for capacity, pairs or idle below 1.
     """

@@ -256,6 +256,12 @@ def apart(processes: Executor | None, call: Callable[..., None], *arguments: obj
         processes.submit(call, *arguments).result()
 
 
+def one_of(cards: int, visible: str | None, number: int) -> str:
+    """The name, for CUDA_VISIBLE_DEVICES, of the card that a run of this number takes out of those that are visible."""
+    names = visible.split(",") if visible else [str(card) for card in range(cards)]
+    return names[number % cards]
+
+
 def run_one(options: md.Options, number: int, workers: int) -> str:
     """One run, in this process if there is only one worker; what went wrong, or an empty string."""
     if workers == 1:
@@ -269,7 +275,7 @@ def run_one(options: md.Options, number: int, workers: int) -> str:
         words += [f"--{name}", str(getattr(options, name))]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     if options.device == "cuda" and torch.cuda.device_count() > 1:
-        env["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
+        env["CUDA_VISIBLE_DEVICES"] = one_of(torch.cuda.device_count(), env.get("CUDA_VISIBLE_DEVICES"), number)
     time.sleep(0.2 * min(number, workers))  # not all read the same files at once
     command = [sys.executable, "-m", "mace_triton.cli", *words]
     ended = subprocess.run(command, env=env, capture_output=True, text=True)
