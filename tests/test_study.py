@@ -398,6 +398,11 @@ def test_a_small_training_study(tmp_path, monkeypatch, reference_path):
     about = {key: found[key] for key in ("model", "steps", "batch", "quick")}
     assert store.earlier(tmp_path / "training.json", about) == found["rows"]
     assert store.earlier(tmp_path / "training.json", about | {"steps": 5}) == []
+    assert not any(training.of_another_policy(row) for row in found["rows"])
+    assert training.of_another_policy(rows["fp32", 1] | {"words": PRESETS["bf16"].words})
+    assert training.of_another_policy(rows["fp32", 1] | {"mode": "fp8", "words": {}})
+    older = {key: value for key, value in rows["fp32", 1].items() if key != "words"}
+    assert not training.of_another_policy(older)
     report.write(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert "| bf16 weights |" in text

@@ -63,6 +63,11 @@ class Mode:
         """Of parameters and graphs."""
         return torch.float64 if self.compute == "fp64" else torch.float32
 
+    @property
+    def words(self) -> dict[str, str]:
+        """The policy that computes, block by block; none of plain MACE."""
+        return PRESETS[self.compute].words if self.compute in PRESETS else {}
+
 
 MODES = (
     *(Mode(name, compute=name) for name in PRESETS),
@@ -238,7 +243,11 @@ def train(mode: Mode, seed: int, data: Data, architecture: dict, size: Size, dev
             if step % size.every == 0:
                 curve.append({"step": step, **errors_of(_plain(model, architecture), held, device)})
     seconds = time.perf_counter() - began
-    return {"mode": mode.name, "seed": seed, "status": "ok", "curve": curve, **curve[-1], "seconds": seconds}
+    return _row(mode, seed, "ok") | {"curve": curve, **curve[-1], "seconds": seconds}
+
+
+def _row(mode: Mode, seed: int, status: str) -> Row:
+    return {"mode": mode.name, "words": mode.words, "seed": seed, "status": status}
 
 
 def _forever(batches) -> Iterator:
@@ -273,7 +282,7 @@ def attempt(mode: Mode, seed: int, data: Data, architecture: dict, size: Size, d
     try:
         return train(mode, seed, data, architecture, size, torch.device(device))
     except (RuntimeError, TypeError) as error:
-        return {"mode": mode.name, "seed": seed, "status": "failed", "reason": str(error).splitlines()[0][:200]}
+        return _row(mode, seed, "failed") | {"reason": str(error).splitlines()[0][:200]}
 
 
 def trainings(todo: list[tuple[Mode, int]], workers: int, device: str, *common: object) -> Iterator[tuple[int, Row]]:
@@ -293,10 +302,17 @@ def trainings(todo: list[tuple[Mode, int]], workers: int, device: str, *common: 
             yield jobs[job], job.result()
 
 
+def of_another_policy(row: Row) -> bool:
+    """Whether a mode computes otherwise than when this row was made; rows of older versions do not tell."""
+    now = {mode.name: mode.words for mode in MODES}.get(row["mode"])
+    return row.get("words", now) != now
+
+
 def run(
     model: str, folder: Path, device: str, seeds: tuple[int, ...], workers: int, quick: bool, console: Console
 ) -> Path:
-    """The study; see the head of this file. Rows of other seeds, of a study like this one, stay in the results.
+    """The study; see the head of this file. Rows of other seeds, of a study like this one, stay in the results, unless
+    their mode computes otherwise by now, which is told.
 
     Returns where these are.
     """
@@ -305,7 +321,12 @@ def run(
     architecture = architecture_of(data, size)
     todo = [(mode, seed) for seed in seeds for mode in MODES]
     about = {"model": model, "steps": size.steps, "batch": size.batch, "quick": quick}
-    kept = [row for row in earlier(folder / "training.json", about) if row["seed"] not in seeds]
+    kept = []
+    for row in earlier(folder / "training.json", about):
+        if of_another_policy(row):
+            console.print(f"left out: {row['mode']}, seed {row['seed']}, of another policy than it is now")
+        elif row["seed"] not in seeds:
+            kept.append(row)
     rows: dict[int, Row] = {}
     ended = trainings(todo, workers, device, data, architecture, size)
     for place, row in track(ended, description="trainings", total=len(todo), console=console):
