@@ -25,10 +25,12 @@ def candidates(
         unit = -unit.to(points.dtype)  # vesin's pairs go from the first atom to the second: here the first receives
         found.append((receiver + first, sender + first, unit, unit @ cell))
         first += size
-    receiver, sender, unit, shift = _in_order(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    rows = [torch.cat(parts) for parts in zip(*found, strict=True)]
+    order, twin = _in_order(*rows[:3])
+    receiver, sender, unit, shift = rows if order is None else (part[order] for part in rows)
     edges = torch.arange(first + 1, device=positions.device)
     ptr = torch.searchsorted(receiver.contiguous(), edges, out_int32=True)
-    return Candidates(ptr, sender.to(torch.int32), shift, unit, twins(receiver, sender, unit))
+    return Candidates(ptr, sender.to(torch.int32), shift, unit, twin.to(torch.int32))
 
 
 def near(positions: torch.Tensor, pairs: Candidates, cutoff: float) -> int:
@@ -53,25 +55,26 @@ def twins(receiver: torch.Tensor, sender: torch.Tensor, unit: torch.Tensor) -> t
 
     A pair that has no such other, or several, is its own twin.
     """
+    order, twin = _in_order(receiver, sender, unit)
+    if order is None:
+        return twin.to(torch.int32)
+    return torch.empty_like(twin).index_copy_(0, order, order[twin]).to(torch.int32)
+
+
+def _in_order(receiver, sender, unit: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """(order, twin): that by receiver, sender and unit shift, in which a GPU does not find pairs, and `twins` in it.
+
+    None, and all pairs their own twins, where there are none or 64 bits are too few to number them.
+    """
     place = torch.arange(receiver.shape[0], device=receiver.device)
-    if not len(place):
-        return place.to(torch.int32)
-    numbers = _numbers(receiver, sender, unit)
+    numbers = _numbers(receiver, sender, unit) if len(place) else None
     if numbers is None:
-        return place.to(torch.int32)
+        return None, place
     (there, order), back = numbers[0].sort(), numbers[1]
+    back = back[order]
     at = torch.searchsorted(there, back).clamp(max=len(there) - 1)
-    twin = torch.where(there[at] == back, order[at], place)
-    return torch.where(twin[twin] == place, twin, place).to(torch.int32)
-
-
-def _in_order(receiver, sender, unit, shift) -> tuple[torch.Tensor, ...]:
-    """The pairs by receiver, sender and unit shift: always in the same order, in which a GPU does not find them."""
-    numbers = _numbers(receiver, sender, unit) if len(receiver) else None
-    if numbers is None:
-        return receiver, sender, unit, shift
-    order = numbers[0].argsort()
-    return tuple(part[order] for part in (receiver, sender, unit, shift))
+    twin = torch.where(there[at] == back, at, place)
+    return order, torch.where(twin[twin] == place, twin, place)
 
 
 def _numbers(receiver, sender, unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
