@@ -155,14 +155,15 @@ def test_the_bucket_grows_and_the_step_is_repeated(device, reference_path):
     assert found.rebuilds == 2
 
 
-def test_the_bucket_shrinks_where_atoms_part(device, reference_path):
+@pytest.mark.parametrize("name", ["mp-small", "nonlinear"])
+def test_the_bucket_shrinks_where_atoms_part(name, device, reference_path):
     """Chains whose third neighbours leave, then second ones. Until it does, idle edges take the places."""
-    model = e3nn_model("mp-small", device)
+    model = e3nn_model(name, device)
     chain = np.arange(8)[:, None] * np.array([[float(model.r_max), 0.0, 0.0]])
     found, first = None, 0
     for spacing, neighbours in ((0.3, 36), (0.33, 36), (0.35, 26), (0.6, 14), (0.3, 36)):
         chains = [ase.Atoms("O8", spacing * chain) for _ in range(30)]
-        found = found or Engine(fast_model("mp-small", device), chains, skin=0.1)
+        found = found or Engine(fast_model(name, device), chains, skin=0.1)
         check(found, model, chains)
         first = first or found.capacity
         assert found.edges == 30 * neighbours
@@ -172,6 +173,7 @@ def test_the_bucket_shrinks_where_atoms_part(device, reference_path):
     check(found, model, chains)
     assert found.edges < 30 * 36
     assert found.capacity == first
+    assert bool(found.autograd_because) == (name in BY_AUTOGRAD)
 
 
 def test_without_a_skin_candidates_are_found_in_every_step(device, reference_path):

@@ -43,7 +43,7 @@ PARTS = {
 }
 
 
-def uncovered(model: torch.nn.Module, plan: SpeciesPlan | None) -> str:
+def uncovered(model: torch.nn.Module) -> str:
     """What keeps a model from being written out, or an empty string."""
     if type(model) not in (models.MACE, models.ScaleShiftMACE):
         return f"{type(model).__name__} has more than an energy of local features"
@@ -51,8 +51,6 @@ def uncovered(model: torch.nn.Module, plan: SpeciesPlan | None) -> str:
         return "the model is not accelerated"
     if model.mace_triton.deterministic:
         return "the order of sums is to be the same in every run"
-    if plan is None:
-        return "node attributes are not one-hot"
     if type(model.radial_embedding) is not EdgeRadial:  # whose functions are the same both ways
         return "radial_embedding is MACE's own"
     if type(model.spherical_harmonics) is not EdgeHarmonics:

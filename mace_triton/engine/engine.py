@@ -47,7 +47,7 @@ ROOM = 1.02
 SLACK = 1.25
 """How much larger than need be a bucket may become, as atoms part, before a smaller one is made."""
 PAD = 256
-"""Idle edges an idle atom, when a bucket is new."""
+"""Idle edges an idle atom."""
 LESS = 0.7
 """Of the memory that a step was thought to take: what it may take where it did not fit."""
 SKIN = 1.5
@@ -300,15 +300,17 @@ class Engine:
         self._graph, self._chain, self._parts = None, None, ()
         self.capacity = max(bucket(near), self.capacity)
         self._twins = -(-self._pair_places(alone) // 128) * 128
-        self.idle = max(1, -(-(self.capacity - near) // PAD))
+        told, self.autograd_because = self.autograd_because, uncovered(self.model)
+        if self.autograd_because not in ("", told):
+            LOG.warning("a step of this model takes MACE's own forward and autograd: %s", self.autograd_because)
+        # Autograd takes idle edges as the others: enough atoms for those of a bucket that has become too large.
+        spare = int((1 - 1 / SLACK) * self.capacity) if self.autograd_because else self.capacity - near
+        self.idle = max(1, -(-spare // PAD))
         self._pairs = neighbours.padded(pairs, bucket(pairs.sender.shape[0]))
         self._perm = torch.arange(self.capacity, dtype=torch.int32, device=self.device)
         self._data = self._batch()
         self._species = species.species_plan(self._data["node_attrs"])
         heads = list(getattr(self.model, "heads", None) or ["Default"])
-        told, self.autograd_because = self.autograd_because, uncovered(self.model, self._species)
-        if self.autograd_because not in ("", told):
-            LOG.warning("a step of this model takes MACE's own forward and autograd: %s", self.autograd_because)
         if not self.autograd_because:
             self._parts = self._shared_out(pairs)
             self._write_out = partial(Chain, self.model, self._data, self._species, heads.index(self.head), self._parts)
