@@ -250,6 +250,28 @@ def test_weights_that_change_are_noticed(device, reference_path):
     assert all(p.requires_grad for p in fast.parameters())
 
 
+def test_tables_are_made_once_for_the_same_weights(device, reference_path):
+    fast, atoms = (
+        copy.deepcopy(fast_model("mp-small", device, "fp32")),
+        mm.random_structures(SMALL["elements"], seed=7)[0],
+    )
+    found = Engine(fast, atoms)
+    before = found.step().forces.clone()
+    (one,) = found._tables.values()
+    found._pairs = None
+    found._find()
+    (two,) = found._tables.values()
+    assert two is one
+    assert found._write_out().radial.tables[0] is one[0][0]
+    with torch.no_grad():
+        next(fast.interactions[0].conv_tp_weights.parameters()).mul_(1.3)
+    after, fresh = found.step().forces.clone(), Engine(fast, atoms).step().forces
+    (three,) = found._tables.values()
+    assert three is not one
+    close(after, fresh, 1e-5, "forces")
+    assert rms(after - before) > 1e-2 * rms(before)
+
+
 BLOCKS = mt.Precision("blocks", "fp32", "tf32", "fp32", contraction="bf16", features="bf16", product="tf32x3")
 
 

@@ -329,7 +329,8 @@ class Chain:
     """A model's energy and gradient for atoms whose species are known.
 
     model: one that `uncovered` has nothing against. data: MACE's input for the atoms; its edges are not read. head: the
-    number of the one in use. parts: shares of the atoms whose edges' weights are made together; none: all are.
+    number of the one in use. parts: shares of the atoms whose edges' weights are made together; none: all are. tables:
+    see `radial_of`.
     """
 
     @torch.no_grad()
@@ -340,6 +341,7 @@ class Chain:
         plan: SpeciesPlan,
         head: int,
         parts: tuple[Share, ...] = (),
+        tables: dict | None = None,
     ):
         attrs, heads = data["node_attrs"], len(getattr(model, "heads", None) or ["Default"])
         scale, shift = _scale_shift(model, head)
@@ -362,7 +364,8 @@ class Chain:
             networks.append((inter.conv_tp_weights, "hidden"))
             if layer.density:
                 networks.append((inter.density_fn, "density"))
-        self.radial = radial_of(model.radial_embedding, networks, model.atomic_numbers, attrs, float(model.r_max))
+        rest = model.atomic_numbers, attrs, float(model.r_max), tables
+        self.radial = radial_of(model.radial_embedding, networks, *rest)
 
     @torch.no_grad()
     def __call__(self, x: torch.Tensor, edges: Edges) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

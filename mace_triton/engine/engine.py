@@ -143,7 +143,7 @@ class Engine:
 
     def _take_weights(self) -> None:
         """A frozen copy of the model as it is; what was made for the last one is gone."""
-        self._weights, self._graph, self._pairs = Weights(self._source), None, None
+        self._weights, self._graph, self._pairs, self._tables = Weights(self._source), None, None, {}
         self.model = copy.deepcopy(self._source).requires_grad_(False).eval()
 
     @torch.inference_mode(False)
@@ -313,7 +313,8 @@ class Engine:
         heads = list(getattr(self.model, "heads", None) or ["Default"])
         if not self.autograd_because:
             self._parts = self._shared_out(pairs)
-            self._write_out = partial(Chain, self.model, self._data, self._species, heads.index(self.head), self._parts)
+            rest = heads.index(self.head), self._parts, self._tables
+            self._write_out = partial(Chain, self.model, self._data, self._species, *rest)
             self._chain = None if self._recording else self._write_out()  # else with all that a graph holds
         self._idle = self._data["positions"][self.atoms :].double()
         self._was = torch.cat((self.positions, self._idle))

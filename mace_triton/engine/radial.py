@@ -83,8 +83,14 @@ class Table:
         return [radial_table(r, t, edge_index, self.kind, per_angstrom=self.per_angstrom) for t in self.tables]
 
 
-def radial_of(embedding, networks: list, numbers, attrs: torch.Tensor, r_max: float) -> Table | Network:
-    """The functions of (network, "hidden" or "density"), for nodes with one-hot attrs [N, Z]."""
+def radial_of(
+    embedding, networks: list, numbers, attrs: torch.Tensor, r_max: float, kept: dict | None = None
+) -> Table | Network:
+    """The functions of (network, "hidden" or "density"), for nodes with one-hot attrs [N, Z].
+
+    kept: tables that were made, by the kinds of atoms, as they take longer than all else of a chain. They are of these
+    networks with these weights; whoever keeps them sees to that.
+    """
     network = Network(embedding, networks, numbers, attrs)
     if attrs.dtype != torch.float32:
         return network
@@ -93,15 +99,23 @@ def radial_of(embedding, networks: list, numbers, attrs: torch.Tensor, r_max: fl
         present, kind = present[:1], torch.zeros_like(kind)
     if len(present) > KINDS:
         return network
-    one_hot = torch.eye(attrs.shape[1], dtype=torch.float64)[present.cpu()]
-    plain = [(_exact(net), what) for net, what in networks]
-    evaluate = _Exact(_exact(embedding), plain, numbers.cpu(), one_hot)
+    kept, key = {} if kept is None else kept, tuple(present.tolist())
+    if key not in kept:
+        one_hot = torch.eye(attrs.shape[1], dtype=torch.float64)[present.cpu()]
+        tables, per_angstrom = _tables(embedding, networks, numbers.cpu(), one_hot, r_max)
+        kept[key] = [t.to(attrs.device, attrs.dtype).contiguous() for t in tables], per_angstrom
+    tables, per_angstrom = kept[key]
+    return Table(tables, kind.to(torch.int32), per_angstrom) if tables else network
+
+
+def _tables(embedding, networks: list, numbers, one_hot: torch.Tensor, r_max: float) -> tuple[list, float]:
+    """(a table of each function for every pair of kinds, intervals an angstrom); none where none were fine enough."""
+    evaluate = _Exact(_exact(embedding), [(_exact(net), what) for net, what in networks], numbers, one_hot)
     for power in FINENESS:
         tables = evaluate.tables(r_max, power)
         if tables is not None:
-            tables = [t.to(attrs.device, attrs.dtype).contiguous() for t in tables]
-            return Table(tables, kind.to(torch.int32), 2.0**power)
-    return network
+            return tables, 2.0**power
+    return [], 0.0
 
 
 def _exact(module) -> torch.nn.Module:
