@@ -4,10 +4,10 @@ The candidates lie in rows, one for each receiver: row i is ptr[i] .. ptr[i + 1]
 
     |x_i - x_sender[k] + shift[k]| < cutoff
 
-Two passes, a program for each receiver: the first marks and counts the near ones, and notes whether some atom has gone
-further than `reach` from where it was when the candidates were found; a cumulative sum of the counts says where each
-row begins; the second writes the near ones there, in their order. So edges come sorted by receiver, always in the same
-order, and nothing is asked of the host.
+Two passes, a program for each receiver: the first marks and counts the near ones, and notes how far, in units of
+`reach`, an atom has gone from where it was when the candidates were found; a cumulative sum of the counts says where
+each row begins; the second writes the near ones there, in their order. So edges come sorted by receiver, always in the
+same order, and nothing is asked of the host.
 
 What depends on a length alone is the same for an edge and its way back, so both share a pair. Candidates know their
 twin; the one that comes first counts the pair, in the same passes (its number in the upper half of a word), and a third
@@ -36,7 +36,7 @@ def edge_filter_mark_kernel(
     twin_ptr,  # [candidates]
     near_ptr,  # [candidates] int8
     count_ptr,  # [nodes + 1] int64, the first is zero: edges, and 2^32 times those that count a pair
-    moved_ptr,  # [1], zero
+    moved_ptr,  # [1] float32, zero
     reach_ptr,  # [1]
     square,
     BLOCK: tl.constexpr,
@@ -45,8 +45,10 @@ def edge_filter_mark_kernel(
     x, y, z = tl.load(x_ptr + 3 * node), tl.load(x_ptr + 3 * node + 1), tl.load(x_ptr + 3 * node + 2)
     a, b, c = x - tl.load(was_ptr + 3 * node), y - tl.load(was_ptr + 3 * node + 1), z - tl.load(was_ptr + 3 * node + 2)
     reach = tl.load(reach_ptr)
-    stays = a * a + b * b + c * c <= reach * reach  # false for NaN
-    tl.atomic_max(moved_ptr, 1, mask=stays == 0, sem="relaxed")
+    gone, room = a * a + b * b + c * c, reach * reach
+    part = tl.where(gone > 0.5 * room, gone / tl.where(room > 0, room, 1.0), 0.0)
+    part = tl.where(gone <= room, part, 2.0).to(tl.float32)  # 2 for NaN
+    tl.atomic_max(moved_ptr, part, mask=part > 0, sem="relaxed")
     begin, end = tl.load(ptr_ptr + node), tl.load(ptr_ptr + node + 1)
     total = tl.zeros([BLOCK], tl.int64)
     for first in range(begin, end, BLOCK):
@@ -162,13 +164,14 @@ def edge_filter(x, was, rows, reach, cutoff: float, capacity: int, pairs: int, i
 
     Returns edge_index [2, capacity] int64 (sender, receiver), shifts and unit shifts [capacity, 3], row_ptr
     [N + idle + 1] and sender [capacity] int32, the pair of each edge [capacity] and an edge of each pair [pairs] int32,
-    how many edges are near [1], and whether an atom has gone further than `reach` [1], both int32.
+    how many edges are near [1] int32, and `moved` [1] float32: the largest square of how far an atom has gone, in units
+    of `reach`, zero below a half, 2 beyond 1.
     """
     ptr, sender, shift, unit, twin = rows
     nodes, block = ptr.shape[0] - 1, 128
     near = torch.empty(sender.shape, dtype=torch.int8, device=x.device)
     counts = torch.zeros(nodes + 2, dtype=torch.int64, device=x.device)
-    moved = counts[-1:].view(torch.int32)[:1]
+    moved = counts[-1:].view(torch.float32)[:1]
     edge_index = torch.empty(2, capacity, dtype=torch.int64, device=x.device)
     shifts, units = (x.new_empty(capacity, 3) for _ in range(2))
     row_ptr, count = ptr.new_empty(nodes + idle + 1), ptr.new_empty(1)
@@ -196,9 +199,11 @@ def offline_cases(target: str = "sm_90", dtypes: tuple[str, ...] = ("fp64", "fp3
     from .offline import Case
 
     words = {"near_ptr": "*i8"} | dict.fromkeys(("edge_ptr", "start_ptr"), "*i64")
-    words |= dict.fromkeys(
-        ("ptr_ptr", "sender_ptr", "twin_ptr", "moved_ptr", "row_ptr", "from_ptr", "number_ptr", "chosen_ptr"), "*i32"
-    ) | dict.fromkeys(("pair_ptr", "edge_of_ptr"), "*i32")
+    words |= (
+        dict.fromkeys(("ptr_ptr", "sender_ptr", "twin_ptr", "row_ptr", "from_ptr", "number_ptr", "chosen_ptr"), "*i32")
+        | {"moved_ptr": "*fp32"}
+        | dict.fromkeys(("pair_ptr", "edge_of_ptr"), "*i32")
+    )
     scalars = dict.fromkeys(("square", "far"), "fp32") | dict.fromkeys(("nodes", "idle", "capacity", "pairs"), "i32")
     names = {
         "mark": "x_ptr was_ptr ptr_ptr sender_ptr shift_ptr twin_ptr near_ptr count_ptr moved_ptr reach_ptr square",

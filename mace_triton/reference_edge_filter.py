@@ -9,7 +9,8 @@ def edge_filter(x, was, rows, reach, cutoff: float, capacity: int, pairs: int, i
     """As `kernels.edge_filter.edge_filter`."""
     ptr, sender, shift, unit, twin = rows
     nodes = ptr.shape[0] - 1
-    moved = (~((x[:nodes] - was[:nodes]).square().sum(1) <= reach * reach)).any().to(torch.int32)[None]
+    gone, room = (x[:nodes] - was[:nodes]).square().sum(1), reach * reach
+    moved = torch.where(gone <= room, torch.where(gone > 0.5 * room, gone / room, 0.0), 2.0).amax(0, True).float()
     number = torch.arange(sender.shape[0], device=x.device)
     receiver = torch.searchsorted(ptr, number, right=True, out_int32=True) - 1  # `nodes` where the list is not filled
     listed = number < ptr[-1]

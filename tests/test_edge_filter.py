@@ -66,7 +66,7 @@ def test_finds_what_a_search_finds(dtype, room, device):
     edges = filtered(x, pairs, capacity, idle)
     assert set(dispatch.calls) == {("edge_filter", "triton")}
     assert int(edges.count) == len(wanted)
-    assert int(edges.moved) == 0
+    assert float(edges.moved) == 0
     kept = min(capacity, len(wanted))
     got = [(*pair, *unit) for pair, unit in zip(edges.edge_index.T.tolist(), edges.unit_shifts.tolist(), strict=True)]
     assert got[:kept] == wanted[:kept]
@@ -156,15 +156,32 @@ def test_idle_nodes_share_the_idle_edges(capacity, device):
     assert max(rows) == each
 
 
-@pytest.mark.parametrize(("far", "moved"), [(0.49, 0), (0.51, 1), (float("nan"), 1)])
+@pytest.mark.parametrize(
+    ("far", "moved"), [(0.0, 0), (0.35, 0), (0.36, 0.5184), (0.49, 0.9604), (0.51, 2), (float("nan"), 2)]
+)
 def test_notices_atoms_that_left_their_place(far, moved, device):
+    """How far the one that went furthest has gone; others that go less change nothing."""
     x = torch.randn(6, 3, device=device)
-    was = x.clone()
+    was, pairs = x.clone(), candidates_of(x, 5, 4, spare=0)
+    was[3, 0] += 0.5 * far
     was[4, 1] += far
-    assert int(filtered(x, candidates_of(x, 5, 4, spare=0), 50, 1, was).moved) == moved
+    found = filtered(x, pairs, 50, 1, was).moved
+    assert float(found) == pytest.approx(moved, rel=1e-5)
+    want = reference.edge_filter(x, was, tuple(pairs), x.new_full((1,), 0.5), CUTOFF, 50, 51, 1, FAR)[-1]
+    assert want.dtype == found.dtype
+    torch.testing.assert_close(found, want)
     idle = x.clone()
     idle[5] += 10.0  # an idle atom, which nobody asks
-    assert int(filtered(x, candidates_of(x, 5, 4, spare=0), 50, 1, idle).moved) == 0
+    assert float(filtered(x, pairs, 50, 1, idle).moved) == 0
+
+
+def test_without_a_skin_who_stays_has_not_moved(device):
+    x = torch.randn(6, 3, device=device)
+    pairs, still, was = candidates_of(x, 5, 4, spare=0), x.new_zeros(1), x.clone()
+    was[2, 2] += 1e-3
+    for before, moved in ((x, 0), (was, 2)):
+        found = edge_filter(x, before, pairs, still, cutoff=CUTOFF, capacity=50, pairs=51, idle=1, far=FAR)
+        assert float(found.moved) == moved
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

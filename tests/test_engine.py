@@ -14,7 +14,7 @@ from test_mace_parity import EXACT, SMALL, close, e3nn_model, fast_model, rms
 
 import mace_triton as mt
 from mace_triton.engine import Engine, Results
-from mace_triton.engine.engine import SLACK, bucket
+from mace_triton.engine.buckets import bucket, too_large
 from mace_triton.engine.shares import Share, hold, shares
 from mace_triton.ops import dispatch
 
@@ -168,12 +168,29 @@ def test_the_bucket_shrinks_where_atoms_part(name, device, reference_path):
         first = first or found.capacity
         assert found.edges == 30 * neighbours
         assert found.capacity == (first if neighbours == 36 else bucket(found.edges))
-    assert bucket(30 * 36) > SLACK * bucket(30 * 26)
+    assert too_large(bucket(30 * 36), 30 * 26)
     chains = [ase.Atoms("O8", spacing * chain) for spacing in (0.35, *[0.3] * 29)]
     check(found, model, chains)
     assert found.edges < 30 * 36
     assert found.capacity == first
     assert bool(found.autograd_because) == (name in BY_AUTOGRAD)
+
+
+@pytest.mark.parametrize("kind", ["runs", "breathes"])
+def test_atoms_that_go_on_find_their_candidates_in_time(kind, device, reference_path):
+    """No step of a smooth motion is evaluated twice."""
+    model, atoms = e3nn_model("mp-small", device), mm.random_structures(SMALL["elements"], seed=4)[0]
+    found, evaluated = Engine(fast_model("mp-small", device), atoms, skin=0.6), [0]
+    run, velocity = found._run, np.random.default_rng(0).normal(size=atoms.positions.shape).clip(-2, 2)
+    found._run = lambda: (run(), evaluated.__setitem__(0, evaluated[0] + 1))[0]
+    for step in range(40):
+        atoms.positions += 0.02 * velocity
+        if kind == "breathes":
+            atoms.set_cell((1 + 0.004 * np.cos(step)) * atoms.cell.array, scale_atoms=True)
+        found.step(atoms.positions, atoms.cell.array[None])
+        assert evaluated[0] == step + 1
+    assert 3 <= found.rebuilds <= 12
+    check(found, model, [atoms])
 
 
 def test_without_a_skin_candidates_are_found_in_every_step(device, reference_path):

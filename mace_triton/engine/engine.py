@@ -35,6 +35,7 @@ from ..ops import graph, species
 from ..ops.edge_embedding import edge_vectors
 from ..ops.edge_filter import Candidates, Edges, edge_filter
 from . import neighbours
+from .buckets import bucket, idle_atoms, too_large
 from .chain import Chain, uncovered
 from .compiling import noted, together
 from .memory import Footprint, footprint, unused
@@ -42,12 +43,6 @@ from .shares import Share, hold, shares
 from .weights import Weights
 
 LOG = logging.getLogger(__name__)
-ROOM = 1.02
-"""How much larger than its content a bucket is made."""
-SLACK = 1.25
-"""How much larger than need be a bucket may become, as atoms part, before a smaller one is made."""
-PAD = 256
-"""Idle edges an idle atom."""
 LESS = 0.7
 """Of the memory that a step was thought to take: what it may take where it did not fit."""
 SKIN = 1.5
@@ -68,13 +63,6 @@ class Results:
     energies: torch.Tensor | np.ndarray
     forces: torch.Tensor | np.ndarray
     stress: torch.Tensor | np.ndarray | None
-
-
-def bucket(count: int) -> int:
-    """Places for `count` edges with some room, in steps of 128 or of less than a two hundredth."""
-    wanted = int(count * ROOM) + 1
-    step = max(128, 1 << (wanted // 512).bit_length())
-    return -(-wanted // step) * step
 
 
 class Engine:
@@ -126,6 +114,7 @@ class Engine:
         self.positions = torch.tensor(positions, dtype=torch.float64, device=self.device)
         self._cells = np.array([atoms.cell.array for atoms in self.structures])
         self.rebuilds = self.captures = 0
+        self._watch = neighbours.Watch()
         self.capacity, self._parts, self._memory = 0, (), memory
         self._graph = self._pairs = self._chain = None
         self.autograd_because, self._recording = "", self.device.type == "cuda"
@@ -165,6 +154,7 @@ class Engine:
             if not positions.is_cuda:
                 positions = self._sent.copy_(positions)
             self.positions.copy_(positions, non_blocking=True)  # the end of the step waits for it
+            fresh = fresh or self._watch.leaving
         if cells is not None:
             cells = _like(cells, self.cells, "cells").cpu().double().numpy()
             if not np.array_equal(cells, self._cells):
@@ -178,7 +168,8 @@ class Engine:
                 self._find()
                 continue
             count, moved = self._got[-2:].tolist()
-            if count <= self.capacity and not moved:
+            if count <= self.capacity and moved <= 1:
+                self._watch.see(moved)
                 return self.results
             self._find(int(count))
         raise RuntimeError("the neighbours of this step do not settle; please report the structure")
@@ -249,7 +240,7 @@ class Engine:
         reach = self.cutoff + self.skin
         pairs = neighbours.candidates(self.positions, self.cells, self.periodic, self.sizes, reach)
         near = max(neighbours.near(self.positions, pairs, self.cutoff), room)
-        if self.capacity > SLACK * bucket(near):
+        if too_large(self.capacity, near):
             self.capacity = 0
         self._listed = pairs.sender.shape[0]
         alone = int((pairs.twin == torch.arange(self._listed, device=self.device)).sum())
@@ -264,6 +255,7 @@ class Engine:
         self._first, self._of_pair = (self.positions.clone(), self._cells.copy()), None
         self._was[: self.atoms] = self.positions
         self._reach.fill_(0.5 * self.skin)
+        self._watch = neighbours.Watch()
 
     def _strain(self) -> bool:
         """Take the candidates along to the cells as they are; False where that cannot be done.
@@ -303,9 +295,7 @@ class Engine:
         told, self.autograd_because = self.autograd_because, uncovered(self.model)
         if self.autograd_because not in ("", told):
             LOG.warning("a step of this model takes MACE's own forward and autograd: %s", self.autograd_because)
-        # Autograd takes idle edges as the others: enough atoms for those of a bucket that has become too large.
-        spare = int((1 - 1 / SLACK) * self.capacity) if self.autograd_because else self.capacity - near
-        self.idle = max(1, -(-spare // PAD))
+        self.idle = idle_atoms(self.capacity, near, bool(self.autograd_because))
         self._pairs = neighbours.padded(pairs, bucket(pairs.sender.shape[0]))
         self._perm = torch.arange(self.capacity, dtype=torch.int32, device=self.device)
         self._data = self._batch()

@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import vesin.torch
 
 from ..ops.edge_filter import Candidates
+
+UNTOLD = 0.5**0.5
+"""How far an atom may have gone, in units of what it may go, without being told of (`ops.edge_filter`)."""
+
+
+class Watch:
+    """`leaving`: whether an atom that goes on as it did since the last step leaves the skin in the next.
+
+    Then candidates are better found before that step, which else would have to be evaluated a second time.
+    """
+
+    def __init__(self):
+        self.gone, self.leaving = UNTOLD, False
+
+    def see(self, moved: float) -> None:
+        """moved: the largest square of how far an atom has gone, in units of how far it may go."""
+        before, self.gone = self.gone, max(UNTOLD, math.sqrt(moved))
+        self.leaving = 2 * self.gone - before > 1
 
 
 def candidates(

@@ -37,7 +37,8 @@ class Edges(NamedTuple):
     row_ptr [N + idle + 1] int32: where each receiver's edges begin, without the idle ones, which are in no row; sender
     [capacity] int32; pair [capacity] int32: an edge and its twin share one, idle edges the last; edge_of [pairs] int32:
     one of a pair's edges, for pairs without edges an idle one if there is any; count [1] int32, how many are near,
-    which may be more than there is room for; moved [1] int32, not zero where the candidates are out of date.
+    which may be more than there is room for; moved [1] float32, the largest square of how far an atom has gone, in
+    units of `reach`: zero below a half, 2 beyond 1 (and for NaN), where the candidates are out of date.
     """
 
     edge_index: torch.Tensor
