@@ -55,7 +55,7 @@ def candidates(
 
 def near(positions: torch.Tensor, pairs: Candidates, cutoff: float) -> int:
     """How many of the pairs are nearer than `cutoff` (angstrom) now."""
-    receiver = torch.repeat_interleave(pairs.ptr.diff().long())
+    receiver = torch.repeat_interleave(pairs.ptr.diff().long(), output_size=pairs.sender.shape[0])
     vectors = positions[receiver] - positions[pairs.sender.long()] + pairs.shift
     return int((vectors.square().sum(1) < cutoff**2).sum())
 
@@ -98,20 +98,20 @@ def _in_order(receiver, sender, unit: torch.Tensor) -> tuple[torch.Tensor | None
 
 
 def _numbers(receiver, sender, unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """A number for every pair and for the one with the opposite vector; None where 64 bits are too few."""
-    unit = unit.long()
-    half, atoms = int(unit.abs().max()), int(max(receiver.max(), sender.max())) + 1
-    if atoms**2 * (2 * half + 1) ** 3 >= 1 << 62:
+    """A number for every pair and for the one with the opposite vector; None where 64 bits are too few.
+
+    Pairs of the same atoms have as many numbers as there are unit shifts within -half .. half, zero in the middle.
+    """
+    x, y, z = unit.long().unbind(1)
+    half, atoms = int(unit.abs().max()), int(torch.maximum(receiver, sender).max()) + 1
+    base = 2 * half + 1
+    if atoms**2 * base**3 >= 1 << 62:
         return None
-    return _number(receiver, sender, unit, atoms, half), _number(sender, receiver, -unit, atoms, half)
-
-
-def _number(one, two, unit: torch.Tensor, atoms: int, half: int) -> torch.Tensor:
-    """A number for (atom, atom, unit shift within -half .. half)."""
-    number = one * atoms + two
-    for axis in range(3):
-        number = number * (2 * half + 1) + unit[:, axis] + half
-    return number
+    shift = (x * base + y) * base + z
+    ahead, back = (
+        (one * atoms + two) * base**3 + base**3 // 2 for one, two in ((receiver, sender), (sender, receiver))
+    )
+    return ahead + shift, back - shift
 
 
 def _pairs(finder, points: torch.Tensor, cell: torch.Tensor, wraps: torch.Tensor) -> list[torch.Tensor]:
