@@ -117,11 +117,9 @@ def _in_ase(direction: str, atoms: ase.Atoms, face, device: torch.device) -> tup
     atoms.calc, face.engines, face._asked = face, [], None  # as if these were its first atoms
     others = timing.free_memory(device)
     if direction == DIRECTIONS[2]:
-        positions, cell = atoms.positions.copy(), atoms.cell.array.copy()
-        atoms.set_cell(DENSER * cell, scale_atoms=True)
-        atoms.get_forces()
-        atoms.set_cell(cell)
-        atoms.set_positions(positions)
+        denser = atoms.copy()
+        denser.set_cell(DENSER * denser.cell.array, scale_atoms=True)
+        face.get_forces(denser)
     forces = torch.from_numpy(np.asarray(atoms.get_forces(), dtype=np.float64))
     energy = torch.tensor([atoms.get_potential_energy()], dtype=torch.float64)
     return {"forces": forces, "energy": energy}, _dynamics(atoms, direction), others

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from . import linear_scalars, tiles
-from .products import dot, find_group, interpreting, load_rows, load_weights, row_places, store_rows
+from .products import dot, find_group, interpreting, load_rows, load_weights, row_places, store_rows, summed
 
 
 @triton.jit(do_not_specialize=["n_nodes"])
@@ -150,11 +150,6 @@ class _Plan(NamedTuple):
     constants: dict
 
 
-LONGEST = {"tf32x3": 32}
-"""mode -> how many products the matrix units may add up themselves, whatever the tile says. They cut what they add: a
-sum of 128 has 2.8 times the error of four of 32 whose own sum is rounded (`products.dot`, docs/numerics.md)."""
-
-
 def supported(mode: str) -> str:
     """AMD has FP32 matrix instructions and no 3xTF32: exact FP32 stands in for the tf32 modes there."""
     return "ieee" if torch.version.hip and mode.startswith("tf32") else mode
@@ -167,11 +162,6 @@ def _map_mode(problem, transposed: bool, mode: str) -> str:
     groups = problem.groups_transposed if transposed else problem.groups
     lengths = [sum(segment.mul for segment in group.segments) for group in groups if group.segments]
     return "ieee" if mode == "tf32x3" and min(lengths, default=0) < 64 else supported(mode)
-
-
-def _summed(block: int, mode: str) -> int:
-    """`block` products of a sum, no more than the matrix units may add up."""
-    return min(block, LONGEST.get(mode, block))
 
 
 def _fit(block: int, muls: list[int]) -> int:
@@ -200,7 +190,7 @@ def _map_plan(problem, transposed: bool, mode: str, scale: float, device: torch.
     """Tables of the forward (transposed=False) or of its transpose."""
     groups = problem.groups_transposed if transposed else problem.groups
     x_layout, out_layout = (problem.layout_in, problem.layout_out)[:: -1 if transposed else 1]
-    block_k = _fit(_summed(tile["BLOCK_K"], mode), [s.mul for g in groups for s in g.segments] or [16])
+    block_k = _fit(summed(tile["BLOCK_K"], mode), [s.mul for g in groups for s in g.segments] or [16])
     block_n = _fit(tile["BLOCK_N"], [g.mul for g in groups])
     group_rows, block_rows = [], []
     for group in groups:
@@ -250,7 +240,7 @@ def _wgrad_plan(problem, mode: str, scale: float, device: torch.device, tile: ti
         "ALIGN": _align(*numbers),
         "INTERPRET": interpreting(),
         "LANES": min(tile["LANES"], block_u, block_w),
-        "BLOCK_R": _summed(tile["BLOCK_R"], mode),
+        "BLOCK_R": summed(tile["BLOCK_R"], mode),
         "BLOCK_U": block_u,
         "BLOCK_W": block_w,
     }

@@ -24,7 +24,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tiles
-from .products import dot_tf32, interpreting, round_tf32
+from .products import dot_tf32, interpreting, round_tf32, summed
 
 MODES = ("tf32x3", "tf32", "bf16", "fp16")
 WIDTHS = (16, 32, 64, 128)
@@ -37,7 +37,7 @@ def _summed(narrow: int, mode: str) -> int:
     In 3xTF32 a sum of 128 has 1.7 times the error of an FP32 sum, four of 32 have 0.7 times, at the same cost. One of
     64 has 1.4 times; it stays whole, as in halves it would cost a radial network's last layer up to a quarter more.
     """
-    return 32 if mode == "tf32x3" and narrow > 64 else narrow
+    return summed(narrow, mode) if narrow > 64 else narrow
 
 
 @triton.jit

@@ -17,6 +17,16 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+LONGEST = {"tf32x3": 32}
+"""mode -> how many products the matrix units may add up themselves, whatever the tile says. They cut what they add: a
+sum of 128 has 2.8 times the error of four of 32 whose own sum is rounded (`dot`, docs/numerics.md)."""
+
+
+def summed(block: int, mode: str) -> int:
+    """`block` products of a sum, no more than the matrix units may add up."""
+    return min(block, LONGEST.get(mode, block))
+
+
 @triton.jit
 def _view_rows(row, LAYOUT: tl.constexpr):
     """Per-row values [R] shaped to broadcast over a tile's view."""

@@ -6,13 +6,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mace_triton import reference_edge_filter as reference
-from mace_triton.engine.neighbours import candidates, padded, twins
+from mace_triton.engine.neighbours import candidates, in_order, padded
 from mace_triton.kernels import edge_filter as kernels
 from mace_triton.kernels import offline
 from mace_triton.ops import dispatch
 from mace_triton.ops.edge_filter import Candidates, edge_filter
 
 CUTOFF, FAR = 2.0, 6.0
+
+
+def twins(receiver: torch.Tensor, sender: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    """The twin of each pair, in the order in which they are given."""
+    order, twin = in_order(receiver, sender, unit)
+    return torch.empty_like(twin).index_copy_(0, order, order[twin])
 
 
 def candidates_of(x: torch.Tensor, nodes: int, degree: int, spare: int) -> Candidates:

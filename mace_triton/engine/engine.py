@@ -114,7 +114,6 @@ class Engine:
         self.positions = torch.tensor(positions, dtype=torch.float64, device=self.device)
         self._cells = np.array([atoms.cell.array for atoms in self.structures])
         self.rebuilds = self.captures = 0
-        self._watch = neighbours.Watch()
         self.capacity, self._parts, self._memory = 0, (), memory
         self._graph = self._pairs = self._chain = None
         self.autograd_because, self._recording = "", self.device.type == "cuda"

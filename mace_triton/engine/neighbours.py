@@ -8,6 +8,7 @@ import torch
 import vesin.torch
 
 from ..ops.edge_filter import Candidates
+from ..ops.graph import row_ptr
 
 UNTOLD = 0.5**0.5
 """How far an atom may have gone, in units of what it may go, without being told of (`ops.edge_filter`)."""
@@ -46,11 +47,9 @@ def candidates(
         found.append((receiver + first, sender + first, unit, unit @ cell))
         first += size
     rows = [torch.cat(parts) for parts in zip(*found, strict=True)]
-    order, twin = _in_order(*rows[:3])
-    receiver, sender, unit, shift = rows if order is None else (part[order] for part in rows)
-    edges = torch.arange(first + 1, device=positions.device)
-    ptr = torch.searchsorted(receiver.contiguous(), edges, out_int32=True)
-    return Candidates(ptr, sender.to(torch.int32), shift, unit, twin.to(torch.int32))
+    order, twin = in_order(*rows[:3])
+    receiver, sender, unit, shift = (part[order] for part in rows)
+    return Candidates(row_ptr(receiver, first), sender.to(torch.int32), shift, unit, twin.to(torch.int32))
 
 
 def near(positions: torch.Tensor, pairs: Candidates, cutoff: float) -> int:
@@ -70,26 +69,17 @@ def strain(rows: torch.Tensor, matrices: torch.Tensor, system: torch.Tensor | No
     torch.mul(x, a, out=out).addcmul_(y, b).addcmul_(z, c)
 
 
-def twins(receiver: torch.Tensor, sender: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    """For each pair [K] the place of the one with the atoms exchanged and the opposite unit shift [K, 3]; int32.
+def in_order(receiver, sender, unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(order, twin) of pairs [K], unit shifts [K, 3]: a GPU does not find them in the same order every time.
 
-    A pair that has no such other, or several, is its own twin.
-    """
-    order, twin = _in_order(receiver, sender, unit)
-    if order is None:
-        return twin.to(torch.int32)
-    return torch.empty_like(twin).index_copy_(0, order, order[twin]).to(torch.int32)
-
-
-def _in_order(receiver, sender, unit: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """(order, twin): that by receiver, sender and unit shift, in which a GPU does not find pairs, and `twins` in it.
-
-    None, and all pairs their own twins, where there are none or 64 bits are too few to number them.
+    order: by receiver, sender and unit shift. twin: in that order, for each pair the place of the one with the atoms
+    exchanged and the opposite unit shift; a pair that has no such other, or several, is its own twin. Where 64 bits are
+    too few to number pairs, they stay as they are, without twins.
     """
     place = torch.arange(receiver.shape[0], device=receiver.device)
     numbers = _numbers(receiver, sender, unit) if len(place) else None
     if numbers is None:
-        return None, place
+        return place, place
     (there, order), back = numbers[0].sort(), numbers[1]
     back = back[order]
     at = torch.searchsorted(there, back).clamp(max=len(there) - 1)

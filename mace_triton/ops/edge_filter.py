@@ -12,7 +12,7 @@ import torch
 from .. import reference_edge_filter as reference
 from ..kernels import edge_filter as kernels
 from . import dispatch
-from .graph import GraphPlan
+from .graph import GraphPlan, row_ptr
 
 
 class Candidates(NamedTuple):
@@ -54,8 +54,7 @@ class Edges(NamedTuple):
     def plan(self, perm: torch.Tensor) -> GraphPlan:
         """The plan of these edges, the idle ones too, for `ops.graph.given`; perm: 0 .. capacity - 1, int32."""
         nothing, nodes = perm[:0], self.row_ptr.shape[0] - 1
-        numbers = torch.arange(nodes + 1, device=perm.device)
-        rows = torch.searchsorted(self.edge_index[1], numbers, out_int32=True)
+        rows = row_ptr(self.edge_index[1], nodes)
         return GraphPlan(self.edge_index, rows, perm, self.sender, nothing, nothing, nodes)
 
 

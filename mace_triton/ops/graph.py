@@ -64,14 +64,17 @@ def _check_range(edge_index: torch.Tensor, n_in: int, n_out: int) -> None:
             )
 
 
+def row_ptr(ordered: torch.Tensor, n: int) -> torch.Tensor:
+    """[n + 1] int32: where each of 0 .. n - 1 begins in a sorted index, and its length."""
+    return torch.searchsorted(ordered, torch.arange(n + 1, device=ordered.device, dtype=ordered.dtype), out_int32=True)
+
+
 def compressed_rows(index: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(ptr [n + 1], perm) int32: the places where `index` is i are perm[ptr[i]] .. perm[ptr[i + 1] - 1], in order."""
     # A radix sort takes a pass for each byte of its keys.
     narrow = next((t for t in (torch.uint8, torch.int16, torch.int32) if n <= torch.iinfo(t).max), torch.int64)
     ordered, perm = torch.sort(index.to(narrow), stable=True)
-    numbers = torch.arange(n, device=index.device, dtype=narrow)
-    ends = torch.searchsorted(ordered, numbers, right=True, out_int32=True)
-    return torch.nn.functional.pad(ends, (1, 0)), perm.to(torch.int32)
+    return row_ptr(ordered, n), perm.to(torch.int32)
 
 
 @torch.library.custom_op("mace_triton::graph_plan", mutates_args=())
