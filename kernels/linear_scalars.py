@@ -304,30 +304,29 @@ def grad_x(problem, grad: torch.Tensor, weight: torch.Tensor, mode: str, scale: 
 
 def offline_cases(target: str = "sm_90") -> list:
     """Specialisations for `offline.compile_cases`: 64 and 128 scalars to 1280, the tiles in use. None on AMD."""
-    from .offline import Case
-
-    cases = []
+    cases = {}
     for mode, narrow in itertools.product(() if target.startswith("gfx") else MODES, (64, 128)):
         low = {"bf16": "*bf16", "fp16": "*fp16"}.get(mode, "*fp32")
-        for op, wide in (("fwd", "out_ptr"), ("bwd", "g_ptr")):
-            for stored in ("*fp32", low) if low != "*fp32" else (low,):
-                call = {"mode": mode, "narrow": narrow, "width": 1280, "rows": 129470}
-                tile = tiles.choose(f"linear_scalars_{op}", arch=target, **call)
-                pointers = (
-                    dict.fromkeys(("x_ptr", "bias_ptr", "residual_ptr"), "*fp32")
-                    if op == "fwd"
-                    else {"gx_ptr": "*fp32"}
-                )
-                pointers["w_ptr"] = low
-                bulk = int(target[3:]) >= 90
-                moved = f"tensordesc<{stored[1:]}[{tile['BLOCK_M']},{tile['BLOCK_N']}]>" if bulk else stored
-                signature = pointers | {wide: moved, "rows": "i32", "width": "i32", "scale": "fp32"}
-                constants = {"BULK": bulk, "MODE": mode, "INTERPRET": False, "K": narrow}
-                constants |= {name: tile[name] for name in ("BLOCK_M", "BLOCK_N")}
-                if op == "fwd":
-                    constants |= {"HAS_BIAS": False, "HAS_RESIDUAL": False, "BLOCK_K": _summed(narrow, mode)}
-                divisible = (*pointers, "width") if bulk else (*pointers, wide, "width")
-                launch = (constants, tile.num_warps, tile.num_stages, divisible)
-                title = f"linear_scalars_{op} {mode} {stored[1:]} from {narrow}"
-                cases.append(Case(title, "linear_scalars", f"linear_scalars_{op}_kernel", signature, *launch))
-    return cases
+        for op, stored, rows in itertools.product(("fwd", "bwd"), dict.fromkeys(("*fp32", low)), (1080, 8640, 129470)):
+            call = {"mode": mode, "narrow": narrow, "width": 1280, "rows": rows}
+            tile = tiles.choose(f"linear_scalars_{op}", arch=target, **call)
+            title = f"linear_scalars_{op} {mode} {stored[1:]} from {narrow}, {tile['BLOCK_M']} x {tile['BLOCK_N']}"
+            cases[title] = _offline_case(title, op, mode, narrow, low, stored, tile, bulk=int(target[3:]) >= 90)
+    return list(cases.values())
+
+
+def _offline_case(title: str, op: str, mode: str, narrow: int, low: str, stored: str, tile: tiles.Tile, bulk: bool):
+    """One of them; low: pointers to weights, stored: to what is wide."""
+    from .offline import Case
+
+    wide, others = ("out_ptr", ("x_ptr", "bias_ptr", "residual_ptr")) if op == "fwd" else ("g_ptr", ("gx_ptr",))
+    pointers = dict.fromkeys(others, "*fp32") | {"w_ptr": low}
+    moved = f"tensordesc<{stored[1:]}[{tile['BLOCK_M']},{tile['BLOCK_N']}]>" if bulk else stored
+    signature = pointers | {wide: moved, "rows": "i32", "width": "i32", "scale": "fp32"}
+    constants = {"BULK": bulk, "MODE": mode, "INTERPRET": False, "K": narrow}
+    constants |= {name: tile[name] for name in ("BLOCK_M", "BLOCK_N")}
+    if op == "fwd":
+        constants |= {"HAS_BIAS": False, "HAS_RESIDUAL": False, "BLOCK_K": _summed(narrow, mode)}
+    divisible = (*pointers, "width") if bulk else (*pointers, wide, "width")
+    launch = (constants, tile.num_warps, tile.num_stages, divisible)
+    return Case(title, "linear_scalars", f"linear_scalars_{op}_kernel", signature, *launch)

@@ -147,6 +147,15 @@ def test_of_pairs_that_are_listed_twice_one_has_a_twin():
     assert twins(*(e[:0] for e in ends), unit[:0]).tolist() == []
 
 
+def test_pairs_too_many_to_number_come_in_rows_without_twins():
+    ends = torch.tensor([2, 0, 1, 0, 2]), torch.tensor([0, 2, 1, 1, 0])
+    unit = torch.zeros(5, 3)
+    unit[0, 0], unit[1, 0] = 1e6, -1e6  # 2e6 + 1 unit shifts a direction
+    order, twin = in_order(*ends, unit)
+    assert order.tolist() == [1, 3, 2, 0, 4]
+    assert twin.tolist() == list(range(5))
+
+
 @pytest.mark.parametrize("capacity", [300, 5])
 def test_idle_nodes_share_the_idle_edges(capacity, device):
     """As many each, and none in a row, so that no program walks them however many there are."""

@@ -38,7 +38,7 @@ def candidates(
     bool, on the CPU; sizes: atoms of each system. Cells smaller than the cutoff have several pairs of the same atoms.
     The shifts come in float64.
     """
-    finder = vesin.torch.NeighborList(reach, True, True)
+    finder = vesin.torch.NeighborList(reach, True)
     found, first = [], 0
     for cell, wraps, size in zip(cells, periodic, sizes, strict=True):
         points = positions[first : first + size]
@@ -74,12 +74,12 @@ def in_order(receiver, sender, unit: torch.Tensor) -> tuple[torch.Tensor, torch.
 
     order: by receiver, sender and unit shift. twin: in that order, for each pair the place of the one with the atoms
     exchanged and the opposite unit shift; a pair that has no such other, or several, is its own twin. Where 64 bits are
-    too few to number pairs, they stay as they are, without twins.
+    too few to number pairs, they are in order by receiver alone and without twins.
     """
     place = torch.arange(receiver.shape[0], device=receiver.device)
     numbers = _numbers(receiver, sender, unit) if len(place) else None
     if numbers is None:
-        return place, place
+        return receiver.argsort(stable=True), place
     (there, order), back = numbers[0].sort(), numbers[1]
     back = back[order]
     at = torch.searchsorted(there, back).clamp(max=len(there) - 1)
@@ -105,7 +105,7 @@ def _numbers(receiver, sender, unit: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 def _pairs(finder, points: torch.Tensor, cell: torch.Tensor, wraps: torch.Tensor) -> list[torch.Tensor]:
-    """vesin's pairs, sorted by their first atom."""
+    """vesin's pairs, in no order: `in_order` sorts them anyway."""
     try:
         return finder.compute(points, cell, wraps, "ijS")
     except RuntimeError as error:
