@@ -17,7 +17,7 @@ CUTOFF, FAR = 2.0, 6.0
 
 def twins(receiver: torch.Tensor, sender: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
     """The twin of each pair, in the order in which they are given."""
-    order, twin = in_order(receiver, sender, unit)
+    order, twin = in_order(receiver, sender, unit, 1 + max([0, *receiver.tolist(), *sender.tolist()]))
     return torch.empty_like(twin).index_copy_(0, order, order[twin])
 
 
@@ -120,9 +120,9 @@ def check_pairs(edges, kept: int) -> None:
 def test_a_full_list_has_half_as_many_pairs(dtype, device):
     x = 4.0 * torch.rand(30, 3, dtype=dtype, device=device)
     cells, periodic = 4.0 * torch.eye(3, dtype=torch.float64, device=device)[None], torch.ones(1, 3, dtype=torch.bool)
-    found = candidates(x[:28].double(), cells, periodic, [28], 3.0)
+    found, near = candidates(x[:28].double(), cells, periodic, [28], 3.0, CUTOFF)
     assert (found.twin != torch.arange(len(found.twin), device=device)).all()
-    near = int((neighbour_vectors(x, found).norm(dim=1) < CUTOFF).sum())
+    assert near == int((neighbour_vectors(x, found).norm(dim=1) < CUTOFF).sum())
     pairs = padded(found, len(found.sender) + 5)
     pairs = pairs._replace(shift=pairs.shift.to(dtype), unit_shift=pairs.unit_shift.to(dtype))
     edges = filtered(x, pairs, near + 10, 2, places=near // 2 + 1)
@@ -151,7 +151,7 @@ def test_pairs_too_many_to_number_come_in_rows_without_twins():
     ends = torch.tensor([2, 0, 1, 0, 2]), torch.tensor([0, 2, 1, 1, 0])
     unit = torch.zeros(5, 3)
     unit[0, 0], unit[1, 0] = 1e6, -1e6  # 2e6 + 1 unit shifts a direction
-    order, twin = in_order(*ends, unit)
+    order, twin = in_order(*ends, unit, atoms=3)
     assert order.tolist() == [1, 3, 2, 0, 4]
     assert twin.tolist() == list(range(5))
 

@@ -236,9 +236,9 @@ class Engine:
         if not (self.positions.isfinite().all() and np.isfinite(self._cells).all()):
             raise ValueError("positions or cells are not finite")
         self.rebuilds += 1
-        reach = self.cutoff + self.skin
-        pairs = neighbours.candidates(self.positions, self.cells, self.periodic, self.sizes, reach)
-        near = max(neighbours.near(self.positions, pairs, self.cutoff), room)
+        systems = self.positions, self.cells, self.periodic, self.sizes
+        pairs, near = neighbours.candidates(*systems, self.cutoff + self.skin, self.cutoff)
+        near = max(near, room)
         if too_large(self.capacity, near):
             self.capacity = 0
         self._listed = pairs.sender.shape[0]

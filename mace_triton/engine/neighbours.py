@@ -30,9 +30,9 @@ class Watch:
 
 
 def candidates(
-    positions: torch.Tensor, cells: torch.Tensor, periodic: torch.Tensor, sizes: list[int], reach: float
-) -> Candidates:
-    """All pairs nearer than `reach` (angstrom) of systems that lie one behind the other.
+    positions: torch.Tensor, cells: torch.Tensor, periodic: torch.Tensor, sizes: list[int], reach: float, cutoff: float
+) -> tuple[Candidates, int]:
+    """All pairs nearer than `reach` (angstrom) of systems one behind the other, and how many are nearer than `cutoff`.
 
     positions [N, 3] float64, anywhere in space; cells [B, 3, 3] float64, rows are the cell vectors; periodic [B, 3]
     bool, on the CPU; sizes: atoms of each system. Cells smaller than the cutoff have several pairs of the same atoms.
@@ -42,21 +42,15 @@ def candidates(
     found, first = [], 0
     for cell, wraps, size in zip(cells, periodic, sizes, strict=True):
         points = positions[first : first + size]
-        receiver, sender, unit = _pairs(finder, points, cell * wraps.to(cell)[:, None], wraps)
+        receiver, sender, unit, distance = _pairs(finder, points, cell * wraps.to(cell)[:, None], wraps)
         unit = -unit.to(points.dtype)  # vesin's pairs go from the first atom to the second: here the first receives
-        found.append((receiver + first, sender + first, unit, unit @ cell))
+        found.append((receiver + first, sender + first, unit, unit @ cell, distance < cutoff))
         first += size
-    rows = [torch.cat(parts) for parts in zip(*found, strict=True)]
-    order, twin = in_order(*rows[:3])
+    *rows, near = (torch.cat(parts) for parts in zip(*found, strict=True))
+    order, twin = in_order(*rows[:3], atoms=first)
     receiver, sender, unit, shift = (part[order] for part in rows)
-    return Candidates(row_ptr(receiver, first), sender.to(torch.int32), shift, unit, twin.to(torch.int32))
-
-
-def near(positions: torch.Tensor, pairs: Candidates, cutoff: float) -> int:
-    """How many of the pairs are nearer than `cutoff` (angstrom) now."""
-    receiver = torch.repeat_interleave(pairs.ptr.diff().long(), output_size=pairs.sender.shape[0])
-    vectors = positions[receiver] - positions[pairs.sender.long()] + pairs.shift
-    return int((vectors.square().sum(1) < cutoff**2).sum())
+    pairs = Candidates(row_ptr(receiver, first), sender.to(torch.int32), shift, unit, twin.to(torch.int32))
+    return pairs, int(near.sum())
 
 
 def strain(rows: torch.Tensor, matrices: torch.Tensor, system: torch.Tensor | None, out: torch.Tensor) -> None:
@@ -69,15 +63,15 @@ def strain(rows: torch.Tensor, matrices: torch.Tensor, system: torch.Tensor | No
     torch.mul(x, a, out=out).addcmul_(y, b).addcmul_(z, c)
 
 
-def in_order(receiver, sender, unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(order, twin) of pairs [K], unit shifts [K, 3]: a GPU does not find them in the same order every time.
+def in_order(receiver, sender, unit: torch.Tensor, atoms: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(order, twin) of pairs [K] of so many atoms, unit shifts [K, 3]: a GPU finds them in another order every time.
 
     order: by receiver, sender and unit shift. twin: in that order, for each pair the place of the one with the atoms
     exchanged and the opposite unit shift; a pair that has no such other, or several, is its own twin. Where 64 bits are
     too few to number pairs, they are in order by receiver alone and without twins.
     """
     place = torch.arange(receiver.shape[0], device=receiver.device)
-    numbers = _numbers(receiver, sender, unit) if len(place) else None
+    numbers = _numbers(receiver, sender, unit, atoms) if len(place) else None
     if numbers is None:
         return receiver.argsort(stable=True), place
     (there, order), back = numbers[0].sort(), numbers[1]
@@ -87,14 +81,13 @@ def in_order(receiver, sender, unit: torch.Tensor) -> tuple[torch.Tensor, torch.
     return order, torch.where(twin[twin] == place, twin, place)
 
 
-def _numbers(receiver, sender, unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _numbers(receiver, sender, unit: torch.Tensor, atoms: int) -> tuple[torch.Tensor, torch.Tensor] | None:
     """A number for every pair and for the one with the opposite vector; None where 64 bits are too few.
 
     Pairs of the same atoms have as many numbers as there are unit shifts within -half .. half, zero in the middle.
     """
     x, y, z = unit.long().unbind(1)
-    half, atoms = int(unit.abs().max()), int(torch.maximum(receiver, sender).max()) + 1
-    base = 2 * half + 1
+    base = 2 * int(unit.abs().max()) + 1
     if atoms**2 * base**3 >= 1 << 62:
         return None
     shift = (x * base + y) * base + z
@@ -107,10 +100,10 @@ def _numbers(receiver, sender, unit: torch.Tensor) -> tuple[torch.Tensor, torch.
 def _pairs(finder, points: torch.Tensor, cell: torch.Tensor, wraps: torch.Tensor) -> list[torch.Tensor]:
     """vesin's pairs, in no order: `in_order` sorts them anyway."""
     try:
-        return finder.compute(points, cell, wraps, "ijS")
+        return finder.compute(points, cell, wraps, "ijSd")
     except RuntimeError as error:
         if points.is_cuda and "MAX_PAIRS" in str(error):  # its room on a GPU ends at some hundred pairs an atom
-            return [part.to(points.device) for part in finder.compute(points.cpu(), cell.cpu(), wraps, "ijS")]
+            return [part.to(points.device) for part in finder.compute(points.cpu(), cell.cpu(), wraps, "ijSd")]
         raise
 
 
