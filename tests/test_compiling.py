@@ -1,5 +1,7 @@
 """Kernels that are not compiled yet are noted, once each and for one thread only; then they compile side by side."""
 
+import shutil
+import sys
 import threading
 
 import mace_models as mm
@@ -8,6 +10,7 @@ import torch
 from test_engine import check
 from test_mace_parity import EXACT, SMALL, close, e3nn_model, fast_model
 from triton.compiler.compiler import CompiledKernel
+from triton.runtime import build
 from triton.runtime.jit import JITFunction
 
 import mace_triton as mt
@@ -77,6 +80,44 @@ def test_the_longest_goes_first(kernel, monkeypatch):
             one.launch(length)
     compiling.together(jobs)
     assert [length for length, _ in order] == [90, 17, 3]
+
+
+LAUNCH = """
+#include <Python.h>
+static PyObject *launch(PyObject *self, PyObject *none) {{ return PyLong_FromLong({number}); }}
+static PyMethodDef methods[] = {{{{"launch", launch, METH_NOARGS, ""}}, {{NULL, NULL, 0, NULL}}}};
+static struct PyModuleDef definition = {{PyModuleDef_HEAD_INIT, "__triton_launcher", NULL, -1, methods}};
+PyMODINIT_FUNC PyInit___triton_launcher(void) {{ return PyModule_Create(&definition); }}
+"""
+
+
+@pytest.mark.skipif(not (shutil.which("gcc") or shutil.which("clang")), reason="needs a C compiler")
+def test_threads_that_load_launches_at_once_get_their_own(monkeypatch, tmp_path):
+    """C modules as Triton makes them before 3.7, and loads anew for each kernel of the same signature."""
+
+    def load(number: int):
+        return build.compile_module_from_src(LAUNCH.format(number=number), "__triton_launcher")
+
+    class Loaded:
+        def __init__(self, number: int):
+            self.number = number
+
+        @property
+        def run(self):
+            got.append((self.number, load(self.number).launch()))
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    got, before, signatures = [], build._load_module_from_path, 4
+    assert [load(number).launch() for number in range(signatures)] == list(range(signatures))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        compiling.together({(0, i): compiling.Job(Loaded, (i % signatures,), -1, 0) for i in range(3000)})
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(got) == 3000
+    assert all(asked == found for asked, found in got)
+    assert build._load_module_from_path is before
 
 
 def test_other_threads_go_on_as_ever(kernel):
