@@ -14,7 +14,6 @@ from test_mace_parity import EXACT, SMALL, close, e3nn_model, fast_model, rms
 
 import mace_triton as mt
 from mace_triton.engine import Engine, Results
-from mace_triton.engine.shares import Share, hold, shares
 from mace_triton.ops import dispatch
 
 pytestmark = pytest.mark.torchscript
@@ -77,20 +76,6 @@ def test_only_species_that_are_there_have_weights(present, device, reference_pat
     found = Engine(mt.accelerate(model, "fp64", strict=True), structures)
     check(found, model, structures)
     assert found._chain.layers[0].contraction.coef.shape[0] == max(4, {1: 1, 2: 2, 5: 7}[len(present)])
-
-
-def test_shares_hold_all_receivers():
-    counts = torch.tensor([3, 0, 0, 9, 1, 40, 0, 0, 2, 2, 2, 2, 0, 7, 1, 0, 0])
-    ptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-    for number in (2, 3, 5, 256):
-        parts = shares(ptr, number)
-        assert 1 < len(parts) <= number
-        assert [part.last for part in parts[:-1]] == [part.first for part in parts[1:]]
-        assert (parts[0].first, parts[-1].last) == (0, len(counts))
-        assert all(part.first % 4 == 0 for part in parts)  # aligned to 16 bytes
-        assert hold(parts, ptr)
-        assert not hold(parts, 2 * ptr)
-    assert shares(ptr[:3], 9) == (Share(0, 2, 4),)
 
 
 PARTS = ("radial_embedding", "spherical_harmonics", "interactions.1.conv_tp_weights", "readouts.0.linear")

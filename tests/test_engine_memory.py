@@ -2,13 +2,18 @@
 
 import weakref
 
+import ase
 import mace_models as mm
+import numpy as np
 import pytest
 import torch
 from test_engine import check, moved
 from test_mace_parity import SMALL, e3nn_model, fast_model
 
 from mace_triton.engine import Engine
+from mace_triton.engine.buckets import bucket
+from mace_triton.engine.memory import Footprint
+from mace_triton.engine.shares import Share, hold, shares
 
 pytestmark = pytest.mark.torchscript
 
@@ -27,6 +32,61 @@ def test_too_little_memory_for_all_weights(name, device, reference_path):
     enough = Engine(fast_model(name, device), structures, memory=1 << 40)
     check(enough, model, structures)
     assert enough.shares == 1
+
+
+def test_shares_hold_all_receivers():
+    """Cut by the edges that there are, two thirds of the candidates."""
+    counts = 150 * torch.tensor([3, 0, 0, 9, 1, 40, 0, 0, 2, 2, 2, 2, 0, 7, 1, 0, 0])
+    ptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+    near = torch.arange(int(ptr[-1])) % 3 > 0
+    for number in (2, 3, 5, 256):
+        parts = shares(ptr, near, number)
+        assert 1 < len(parts) <= number
+        assert [part.last for part in parts[:-1]] == [part.first for part in parts[1:]]
+        assert (parts[0].first, parts[-1].last) == (0, len(counts))
+        assert all(part.first % 4 == 0 for part in parts)  # aligned to 16 bytes
+        assert {part.room for part in parts} == {
+            bucket(max(int(counts[p.first : p.last].sum()) for p in parts) * 2 // 3)
+        }
+        assert hold(parts, ptr, near)
+        assert not hold(parts, ptr, torch.ones_like(near))
+    assert shares(ptr[:3], near, 9) == (Share(0, 2, bucket(300)),)
+    assert shares(ptr[:3], near & False, 9) == (Share(0, 2, bucket(0)),)
+    assert hold((), ptr, near)
+
+
+@pytest.mark.parametrize("name", ["mp-small", "mp-large"])
+def test_a_share_that_gets_too_many_edges_is_cut_anew(name, device, reference_path, monkeypatch):
+    """Second neighbours of some chains come, of others go: the step has room for its edges, and a share has not."""
+    monkeypatch.setattr(Footprint, "shares", lambda self, memory: 3)
+    model = e3nn_model(name, device)
+    chain = np.arange(8)[:, None] * np.array([[float(model.r_max), 0.0, 0.0]])
+
+    def chains(first: float, others: float) -> list[ase.Atoms]:
+        return [ase.Atoms("O8", spacing * chain) for spacing in (*[first] * 10, *[others] * 20)]
+
+    found, evaluated = Engine(fast_model(name, device), chains(0.505, 0.495), memory=1, skin=3.0), []
+    check(found, model, chains(0.505, 0.495))
+    assert (found.shares, found.edges) == (3, 10 * 14 + 20 * 26)
+    capacity, room, run = found.capacity, found._parts[0].room, found._run
+    found._run = lambda: (run(), evaluated.append(found._got[-2:].tolist()))[0]
+    check(found, model, chains(0.495, 0.505))
+    edges = 10 * 26 + 20 * 14
+    assert [(count, moved > 1) for count, moved in evaluated] == [(edges, True), (edges, False)]
+    assert (found.shares, found.capacity, found.rebuilds) == (3, capacity, 2)
+    assert all(int(found._edges(found._moved()).row_ptr[[p.first, p.last]].diff()) <= p.room for p in found._parts)
+    assert room == found._parts[0].room
+
+
+def test_shares_have_room_for_edges_at_the_cutoff(device, reference_path, monkeypatch):
+    """Just beyond the model's cutoff they weigh nothing, but take places."""
+    monkeypatch.setattr(Footprint, "shares", lambda self, memory: 3)
+    model = e3nn_model("mp-small", device)
+    spacing = (1 + 5e-7) * float(model.r_max)
+    chains = [ase.Atoms("O8", np.arange(8)[:, None] * np.array([[spacing, 0.0, 0.0]])) for _ in range(30)]
+    found = Engine(fast_model("mp-small", device), chains, memory=1)
+    check(found, model, chains)
+    assert (found.shares, found.edges, found.rebuilds) == (3, 30 * 14, 1)
 
 
 def held_by(thing: object, seen: set[int]) -> set[torch.Tensor]:

@@ -39,7 +39,7 @@ from .buckets import bucket, idle_atoms, too_large
 from .chain import Chain, uncovered
 from .compiling import noted, together
 from .memory import Footprint, footprint, unused
-from .shares import Share, hold, shares
+from .shares import Share, hold, overrun, shares
 from .weights import Weights
 
 LOG = logging.getLogger(__name__)
@@ -47,6 +47,8 @@ LESS = 0.7
 """Of the memory that a step was thought to take: what it may take where it did not fit."""
 SKIN = 1.5
 """Angstrom: with less, water finds neighbours so often that steps take longer (docs/engine.md)."""
+BEYOND = 4.0
+"""`moved` of a step that wants new candidates though no atom went far."""
 WARM_UP = 3
 """Evaluations before capture: TorchScript takes two to settle, and kernels compile in the first."""
 
@@ -236,16 +238,16 @@ class Engine:
         if not (self.positions.isfinite().all() and np.isfinite(self._cells).all()):
             raise ValueError("positions or cells are not finite")
         self.rebuilds += 1
-        systems = self.positions, self.cells, self.periodic, self.sizes
-        pairs, near = neighbours.candidates(*systems, self.cutoff + self.skin, self.cutoff)
-        near = max(near, room)
-        if too_large(self.capacity, near):
+        reach, within = self.cutoff + self.skin, self.cutoff * (1 + 2e-6)  # no edge of `_edges` is left out
+        pairs, near = neighbours.candidates(self.positions, self.cells, self.periodic, self.sizes, reach, within)
+        number = max(int(near.sum()), room)
+        if too_large(self.capacity, number):
             self.capacity = 0
         self._listed = pairs.sender.shape[0]
         alone = int((pairs.twin == torch.arange(self._listed, device=self.device)).sum())
-        full = self._pairs is None or self._listed > self._pairs.sender.shape[0] or near > self.capacity
-        if full or self._pair_places(alone) > self._twins or not hold(self._parts, pairs.ptr):
-            self._allocate(pairs, near, alone)
+        full = self._pairs is None or self._listed > self._pairs.sender.shape[0] or number > self.capacity
+        if full or self._pair_places(alone) > self._twins or not hold(self._parts, pairs.ptr, near):
+            self._allocate(pairs, near, number, alone)
         else:
             fitting = neighbours.padded(pairs, self._pairs.sender.shape[0])
             for old, new in zip(self._pairs, fitting, strict=True):
@@ -286,22 +288,23 @@ class Engine:
         """Places for all pairs of as many edges as there is room for, of which `alone` have no twin, and one more."""
         return (self.capacity + alone) // 2 + 1
 
-    def _allocate(self, pairs: Candidates, near: int, alone: int) -> None:
-        """Buffers with room for `near` edges out of these pairs; the graph that used the old ones is gone."""
+    def _allocate(self, pairs: Candidates, near: torch.Tensor, number: int, alone: int) -> None:
+        """Buffers with room for `number` edges out of these pairs; the graph that used the old ones is gone."""
         self._graph, self._chain, self._parts = None, None, ()
-        self.capacity = max(bucket(near), self.capacity)
+        self.capacity = max(bucket(number), self.capacity)
         self._twins = -(-self._pair_places(alone) // 128) * 128
         told, self.autograd_because = self.autograd_because, uncovered(self.model)
         if self.autograd_because not in ("", told):
             LOG.warning("a step of this model takes MACE's own forward and autograd: %s", self.autograd_because)
-        self.idle = idle_atoms(self.capacity, near, bool(self.autograd_because))
+        self.idle = idle_atoms(self.capacity, number, bool(self.autograd_because))
         self._pairs = neighbours.padded(pairs, bucket(pairs.sender.shape[0]))
         self._perm = torch.arange(self.capacity, dtype=torch.int32, device=self.device)
         self._data = self._batch()
         self._species = species.species_plan(self._data["node_attrs"])
         heads = list(getattr(self.model, "heads", None) or ["Default"])
         if not self.autograd_because:
-            self._parts = self._shared_out(pairs)
+            self._parts = self._shared_out(pairs, near)
+            self._bounds = torch.tensor([0, *(part.last for part in self._parts)], device=self.device)
             rest = heads.index(self.head), self._parts, self._tables
             self._write_out = partial(Chain, self.model, self._data, self._species, *rest)
             self._chain = None if self._recording else self._write_out()  # else with all that a graph holds
@@ -315,11 +318,11 @@ class Engine:
         places[places >= starts[1:, None]] = self.atoms  # where a zero stands
         self._places = torch.tensor(places, device=self.device)
 
-    def _shared_out(self, pairs: Candidates) -> tuple[Share, ...]:
+    def _shared_out(self, pairs: Candidates, near: torch.Tensor) -> tuple[Share, ...]:
         """The shares in which weights are made; none where memory is enough for all of them."""
         memory = unused(self.device) if self._memory is None else self._memory
         number = 1 if memory is None else self._footprint().shares(memory)
-        return shares(pairs.ptr, number) if number > 1 else ()
+        return shares(pairs.ptr, near, number) if number > 1 else ()
 
     def _batch(self) -> dict[str, torch.Tensor]:
         """MACE's input for the structures and the idle atoms behind them; the edges are not those of a step."""
@@ -428,7 +431,10 @@ class Engine:
         energy = self._by_system(energies)
         stress = self._stress(self._by_system(virial[: self.atoms].double())) if self.stress else None
         self.results = Results(energy, energies, forces, stress)
-        values = (energy, energies, forces, *(() if stress is None else (stress,)), edges.count, edges.moved)
+        moved = edges.moved
+        if self._parts:  # a share without room for its edges asks for new candidates, and so for new shares
+            moved = moved + BEYOND * overrun(self._parts, self._bounds, edges)
+        values = (energy, energies, forces, *(() if stress is None else (stress,)), edges.count, moved)
         self._all = torch.cat([value.double().flatten() for value in values])
 
     def _moved(self) -> torch.Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..precision import TORCH_DTYPES, storage_for
-from .shares import ROOM as SHARE_ROOM
+from .buckets import ROOM
 
 CANDIDATE_BYTES = 64
 """Of a candidate: sender, twin, number, two vectors in FP64, a flag."""
@@ -27,8 +27,8 @@ USABLE = 0.9
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of a step of so many atoms: weights of all edges, in pairs; the same without pairs and for all candidates,
-    of which a share at a time will do; all else that grows with edges and atoms; the model with its tables.
+    """Bytes of a step of so many atoms: weights of all edges, in pairs; the same without pairs, of which a share at a
+    time will do; all else that grows with edges and atoms; the model with its tables.
     """
 
     atoms: int
@@ -76,7 +76,7 @@ def footprint(model: torch.nn.Module, atoms: int, edges: int, candidates: int) -
     rest = 2 * hidden * size * pairs + (EDGE_NUMBERS * size + EDGE_BYTES) * edges + CANDIDATE_BYTES * candidates
     rest += int(NODE_COPIES * nodes * size) * atoms
     own = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    return Footprint(atoms, 2 * max(widths) * pairs, int(2 * max(widths) * SHARE_ROOM * candidates), rest, own)
+    return Footprint(atoms, 2 * max(widths) * pairs, int(2 * max(widths) * ROOM * edges), rest, own)
 
 
 def unused(device: torch.device) -> int | None:

@@ -31,8 +31,8 @@ class Watch:
 
 def candidates(
     positions: torch.Tensor, cells: torch.Tensor, periodic: torch.Tensor, sizes: list[int], reach: float, cutoff: float
-) -> tuple[Candidates, int]:
-    """All pairs nearer than `reach` (angstrom) of systems one behind the other, and how many are nearer than `cutoff`.
+) -> tuple[Candidates, torch.Tensor]:
+    """All pairs nearer than `reach` (angstrom) of systems one behind the other; which [K] are nearer than `cutoff`.
 
     positions [N, 3] float64, anywhere in space; cells [B, 3, 3] float64, rows are the cell vectors; periodic [B, 3]
     bool, on the CPU; sizes: atoms of each system. Cells smaller than the cutoff have several pairs of the same atoms.
@@ -46,11 +46,10 @@ def candidates(
         unit = -unit.to(points.dtype)  # vesin's pairs go from the first atom to the second: here the first receives
         found.append((receiver + first, sender + first, unit, unit @ cell, distance < cutoff))
         first += size
-    *rows, near = (torch.cat(parts) for parts in zip(*found, strict=True))
+    rows = [torch.cat(parts) for parts in zip(*found, strict=True)]
     order, twin = in_order(*rows[:3], atoms=first)
-    receiver, sender, unit, shift = (part[order] for part in rows)
-    pairs = Candidates(row_ptr(receiver, first), sender.to(torch.int32), shift, unit, twin.to(torch.int32))
-    return pairs, int(near.sum())
+    receiver, sender, unit, shift, near = (part[order] for part in rows)
+    return Candidates(row_ptr(receiver, first), sender.to(torch.int32), shift, unit, twin.to(torch.int32)), near
 
 
 def strain(rows: torch.Tensor, matrices: torch.Tensor, system: torch.Tensor | None, out: torch.Tensor) -> None:

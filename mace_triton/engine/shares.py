@@ -13,16 +13,15 @@ from dataclasses import dataclass
 import torch
 
 from ..ops.edge_filter import Edges
+from .buckets import bucket
 
-ROOM = 1.02
-"""How much longer than its longest stretch the room for a share's edges is made."""
 ALIGNED = 4
 """Shares begin at multiples of so many receivers, so that their row pointers are aligned to 16 bytes."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """Receivers `first` to `last` - 1, with room for their edges: as many as they have candidates."""
+    """Receivers `first` to `last` - 1, with room for their edges, which is the same in all shares."""
 
     first: int
     last: int
@@ -39,19 +38,29 @@ class Share:
         return row_ptr, own, edges.pair.index_select(0, places)
 
 
-def shares(ptr: torch.Tensor, number: int) -> tuple[Share, ...]:
-    """About `number` shares of the receivers with candidates ptr [N + 1], of about as many candidates each."""
-    ptr = ptr.long().cpu()
-    nodes, total = ptr.shape[0] - 1, int(ptr[-1])
+def shares(ptr: torch.Tensor, near: torch.Tensor, number: int) -> tuple[Share, ...]:
+    """About `number` shares of the receivers with candidates ptr [N + 1], of about as many edges, near [K], each."""
+    before = _edges_before(ptr, near)
+    nodes, total = before.shape[0] - 1, int(before[-1])
     wanted = torch.arange(1, number) * total // number
-    cuts = torch.searchsorted(ptr, wanted) // ALIGNED * ALIGNED
+    cuts = torch.searchsorted(before, wanted) // ALIGNED * ALIGNED
     bounds = torch.cat((cuts.new_tensor([0, nodes]), cuts)).unique().tolist()
     pairs = list(itertools.pairwise(bounds))
-    longest = max(int(ptr[last] - ptr[first]) for first, last in pairs)
-    return tuple(Share(first, last, int(ROOM * longest) + 1) for first, last in pairs)
+    room = bucket(max(int(before[last] - before[first]) for first, last in pairs))
+    return tuple(Share(first, last, room) for first, last in pairs)
 
 
-def hold(parts: tuple[Share, ...], ptr: torch.Tensor) -> bool:
-    """Whether the receivers' candidates ptr [N + 1] fit into the shares."""
-    ptr = ptr.cpu()
-    return all(int(ptr[part.last] - ptr[part.first]) <= part.room for part in parts)
+def hold(parts: tuple[Share, ...], ptr: torch.Tensor, near: torch.Tensor) -> bool:
+    """Whether the edges, those of the candidates ptr [N + 1] that are near [K], fit into the shares."""
+    before = _edges_before(ptr, near) if parts else None
+    return all(int(before[part.last] - before[part.first]) <= part.room for part in parts)
+
+
+def overrun(parts: tuple[Share, ...], bounds: torch.Tensor, edges: Edges) -> torch.Tensor:
+    """Whether a share has more edges than room. bounds [len(parts) + 1]: where they begin and the last one ends."""
+    return edges.row_ptr.index_select(0, bounds).diff().max() > parts[0].room
+
+
+def _edges_before(ptr: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
+    """[N + 1], on the CPU: how many edges the receivers before each one have."""
+    return torch.nn.functional.pad(near.cumsum(0), (1, 0))[ptr.long()].cpu()
