@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -63,9 +64,6 @@ def noted() -> Iterator[Jobs]:
         JITFunction._do_compile = compile_now
 
 
-_together = threading.Lock()
-
-
 def together(jobs: Jobs) -> None:
     """Compile the kernels noted, as many at a time as there are processors, the longest first: all wait for it.
 
@@ -73,21 +71,23 @@ def together(jobs: Jobs) -> None:
     """
     if not jobs:
         return
-    workers = min(len(jobs), os.cpu_count() or 1, WORKERS)
-    with _together, _modules_apart(), ThreadPoolExecutor(workers) as pool:
+    _load_modules_apart()
+    with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1, WORKERS)) as pool:
         for job in [pool.submit(job) for job in sorted(jobs.values(), key=lambda job: -job.length)]:
             job.exception()
 
 
-@contextmanager
-def _modules_apart() -> Iterator[None]:
-    """Inside, what Triton loads from C is a module of its own, whichever threads load.
+@cache
+def _load_modules_apart() -> None:
+    """From now on what Triton loads from C is a module of its own, whichever threads load.
 
     Before 3.7 Triton makes a C module for the launch of each signature, all of one name. Python has a single object for
     those of one name that were loaded before, and writes the functions of the last one into it. So a thread could find
     there the launch of another kernel: with other arguments, an error; with as many of other types, wrong numbers.
     """
-    load, one_at_a_time = build._load_module_from_path, threading.Lock()
+    load, one_at_a_time = getattr(build, "_load_module_from_path", None), threading.Lock()
+    if load is None:
+        return
 
     def apart(name: str, path: str) -> ModuleType:
         module = ModuleType(name)
@@ -96,7 +96,3 @@ def _modules_apart() -> Iterator[None]:
         return module
 
     build._load_module_from_path = apart
-    try:
-        yield
-    finally:
-        build._load_module_from_path = load
