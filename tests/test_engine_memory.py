@@ -1,5 +1,6 @@
 """Memory of the engine: weights made in shares, steps that do not fit, nothing that stays behind a step."""
 
+import itertools
 import weakref
 
 import ase
@@ -13,7 +14,8 @@ from test_mace_parity import SMALL, e3nn_model, fast_model
 from mace_triton.engine import Engine
 from mace_triton.engine.buckets import bucket
 from mace_triton.engine.memory import Footprint
-from mace_triton.engine.shares import Share, hold, shares
+from mace_triton.engine.shares import shares
+from mace_triton.ops.edge_filter import Edges
 
 pytestmark = pytest.mark.torchscript
 
@@ -34,25 +36,50 @@ def test_too_little_memory_for_all_weights(name, device, reference_path):
     assert enough.shares == 1
 
 
-def test_shares_hold_all_receivers():
+def test_shares_hold_all_receivers(device):
     """Cut by the edges that there are, two thirds of the candidates."""
     counts = 150 * torch.tensor([3, 0, 0, 9, 1, 40, 0, 0, 2, 2, 2, 2, 0, 7, 1, 0, 0])
-    ptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
-    near = torch.arange(int(ptr[-1])) % 3 > 0
+    ptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32).to(device)
+    near = torch.arange(int(ptr[-1]), device=device) % 3 > 0
     for number in (2, 3, 5, 256):
-        parts = shares(ptr, near, number)
-        assert 1 < len(parts) <= number
-        assert [part.last for part in parts[:-1]] == [part.first for part in parts[1:]]
-        assert (parts[0].first, parts[-1].last) == (0, len(counts))
-        assert all(part.first % 4 == 0 for part in parts)  # aligned to 16 bytes
-        assert {part.room for part in parts} == {
-            bucket(max(int(counts[p.first : p.last].sum()) for p in parts) * 2 // 3)
-        }
-        assert hold(parts, ptr, near)
-        assert not hold(parts, ptr, torch.ones_like(near))
-    assert shares(ptr[:3], near, 9) == (Share(0, 2, bucket(300)),)
-    assert shares(ptr[:3], near & False, 9) == (Share(0, 2, bucket(0)),)
-    assert hold((), ptr, near)
+        found = shares(ptr, near, number)
+        assert 1 < len(found) <= number
+        assert (found.bounds[0], found.bounds[-1]) == (0, len(counts))
+        assert all(bound % 4 == 0 for bound in found.bounds[:-1])  # aligned to 16 bytes
+        most = max(int(counts[first:last].sum()) for first, last in itertools.pairwise(found.bounds)) * 2 // 3
+        assert found.room == bucket(most)
+        assert found.hold(ptr, near)
+        assert not found.hold(ptr, torch.ones_like(near))
+    for some, room in ((near, bucket(300)), (near & False, bucket(0))):
+        found = shares(ptr[:3], some, 9)
+        assert (found.bounds, found.room) == ([0, 2], room)
+
+
+@pytest.mark.parametrize("number", [2, 3, 256])
+@pytest.mark.parametrize("spare", [0, 300])
+def test_shares_know_the_rows_of_their_edges(number, spare, device):
+    """Of each edge the row of weights that are made for its pair; spare places are idle edges."""
+    counts = torch.tensor([7, 0, 0, 9, 130, 40, 0, 0, 2, 2, 2, 2, 0, 70, 1, 0, 0])
+    ptr = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32).to(device)
+    edges = int(ptr[-1])
+    found = shares(ptr, torch.ones(edges, dtype=torch.bool, device=device), number)
+    idle = ptr.new_full((1,), edges)
+    pair = torch.randint(1000, (edges + spare,), dtype=torch.int32, device=device)
+    step = Edges(*[None] * 3, torch.cat((ptr, idle)), None, pair, *[None] * 3)
+    assert not bool(found.overrun(step))
+    parts = found.of(step)
+    assert [(part.first, part.last) for part in parts] == list(itertools.pairwise(found.bounds))
+    for part in parts:
+        assert part.row_ptr.equal(ptr[part.first : part.last + 1])
+        assert part.pair.shape == pair.shape
+        assert 0 <= int(part.pair.min()) <= int(part.pair.max()) < len(part.place) <= found.room
+        own = slice(int(ptr[part.first]), int(ptr[part.last]))
+        assert part.place[part.pair[own].long()].equal(pair[own])
+    longest = max(int(ptr[last] - ptr[first]) for first, last in itertools.pairwise(found.bounds))
+    found.room = longest
+    assert not bool(found.overrun(step))
+    found.room = longest - 1
+    assert bool(found.overrun(step))
 
 
 @pytest.mark.parametrize("name", ["mp-small", "mp-large"])
@@ -68,14 +95,14 @@ def test_a_share_that_gets_too_many_edges_is_cut_anew(name, device, reference_pa
     found, evaluated = Engine(fast_model(name, device), chains(0.505, 0.495), memory=1, skin=3.0), []
     check(found, model, chains(0.505, 0.495))
     assert (found.shares, found.edges) == (3, 10 * 14 + 20 * 26)
-    capacity, room, run = found.capacity, found._parts[0].room, found._run
+    capacity, room, run = found.capacity, found._parts.room, found._run
     found._run = lambda: (run(), evaluated.append(found._got[-2:].tolist()))[0]
     check(found, model, chains(0.495, 0.505))
     edges = 10 * 26 + 20 * 14
     assert [(count, moved > 1) for count, moved in evaluated] == [(edges, True), (edges, False)]
     assert (found.shares, found.capacity, found.rebuilds) == (3, capacity, 2)
-    assert all(int(found._edges(found._moved()).row_ptr[[p.first, p.last]].diff()) <= p.room for p in found._parts)
-    assert room == found._parts[0].room
+    assert not bool(found._parts.overrun(found._edges(found._moved())))
+    assert found._parts.room == room
 
 
 def test_shares_have_room_for_edges_at_the_cutoff(device, reference_path, monkeypatch):
@@ -127,7 +154,7 @@ def test_weights_of_one_share_are_gone_before_the_next(device, reference_path, m
 
         monkeypatch.setattr(layer.last, "forward", forward)
     found._evaluate()
-    assert len(made) == 3 * sum(len(layer.parts) for layer in found._chain.layers)
+    assert len(made) == 3 * len(found._chain.layers) * found.shares
     assert max(alive) == 1  # a share's weights, when their slopes are made
 
 

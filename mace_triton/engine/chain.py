@@ -27,7 +27,7 @@ from ..ops.readout import fits, readout
 from ..ops.species import SpeciesPlan, one_species, plan_of
 from ..precision import TORCH_DTYPES, storage_for
 from .radial import radial_of
-from .shares import Share
+from .shares import Share, Shares
 
 OPS = torch.ops.mace_triton
 EXACT = ("fp64", "ieee", "tf32x3")
@@ -201,12 +201,11 @@ class _Layer:
 
     constant: the node features [N, C] of the first layer, made once.
     keeps: whether the weights of pairs stay from forward to backward; made anew they cost a few percent of a step, and
-    those of the last layer, which are needed at once, nothing. parts: the shares of receivers whose weights are made
-    together, if not all are.
+    those of the last layer, which are needed at once, nothing.
     """
 
-    def __init__(self, inter, product, kinds: tuple, constant: torch.Tensor | None, keeps: bool, parts: tuple):
-        self.keeps, self.parts = keeps, parts
+    def __init__(self, inter, product, kinds: tuple, constant: torch.Tensor | None, keeps: bool):
+        self.keeps = keeps
         self.residual, self.density = type(inter) in RESIDUAL, type(inter) in DENSITY
         self.up = _Map(inter.linear_up)
         self.last, self.conv = _LastLayer(inter.conv_tp_weights), inter.conv_tp.problem
@@ -221,14 +220,17 @@ class _Layer:
         """What message and shortcut read of the node features."""
         self.x, self.shortcut = self.up.forward(feats), self.skip.forward(feats) if self.shortened else None
 
-    def forward(self, feats: torch.Tensor, y: torch.Tensor, radial: list, edges: Edges) -> torch.Tensor:
-        """Node features -> the next ones; radial: (hidden layer, its slope), and those of the density if there is one.
+    def forward(
+        self, feats: torch.Tensor, y: torch.Tensor, radial: list, edges: Edges, parts: list[Share]
+    ) -> torch.Tensor:
+        """Node features -> the next ones; radial: (hidden layer, its slope), and those of the density if there is one;
+        parts: shares of receivers whose weights are made together, none if all are.
 
         What the way back reads is kept until then.
         """
         if not self.constant:
             self._take(feats)
-        self.y, self.radial, self.edges = y, radial, edges
+        self.y, self.radial, self.edges, self.parts = y, radial, edges, parts
         message = self._shared_messages() if self.parts else self._messages()
         if self.density:
             each = radial[1][0].index_select(0, edges.pair)
@@ -254,9 +256,8 @@ class _Layer:
 
     def _message_of(self, part: Share) -> torch.Tensor:
         """Of one share, whose weights are gone before the next one's are made."""
-        row_ptr, pair, rows = part.of(self.edges)
-        w = self.last.forward(self.radial[0][0].index_select(0, rows))
-        return self.linear.forward(channelwise_tp_pairs(self.conv, self.x, self.y, w, row_ptr, self.edges.sender, pair))
+        w, order = self.last.forward(self.radial[0][0].index_select(0, part.place)), (part.row_ptr, self.edges.sender)
+        return self.linear.forward(channelwise_tp_pairs(self.conv, self.x, self.y, w, *order, part.pair))
 
     def _spread(self, gm: torch.Tensor, gy: torch.Tensor, gr: torch.Tensor) -> torch.Tensor | None:
         """The gradient gm [N, C] of the messages: to senders' x, which is returned, harmonics and lengths."""
@@ -275,9 +276,8 @@ class _Layer:
 
     def _spread_of(self, part: Share, gm: torch.Tensor, gy: torch.Tensor, gr: torch.Tensor) -> torch.Tensor | None:
         """Of one share, whose weights are gone before the next one's are made."""
-        row_ptr, pair, rows = part.of(self.edges)
-        w, d = (self.last.forward(t.index_select(0, rows)) for t in self.radial[0])
-        order, own = (row_ptr, self.edges.sender, pair), self.linear.backward(gm[part.first : part.last])
+        w, d = (self.last.forward(t.index_select(0, part.place)) for t in self.radial[0])
+        order, own = (part.row_ptr, self.edges.sender, part.pair), self.linear.backward(gm[part.first : part.last])
         return add_forces(self.conv, own, self.x, self.y, w, d, gy, gr, *order, wrt_x=not self.constant)
 
     def backward(self, g: torch.Tensor, gy: torch.Tensor, gr: torch.Tensor) -> torch.Tensor | None:
@@ -291,7 +291,7 @@ class _Layer:
             gr += gtotal.index_select(0, edges.edge_index[1]) * self.radial[1][1].index_select(0, edges.pair)
             gm = gm * self.share
         gx = (self._spread_shared if self.parts else self._spread)(gm, gy, gr)
-        self.w = self.y = self.radial = self.edges = self.message = self.share = None
+        self.w = self.y = self.radial = self.edges = self.parts = self.message = self.share = None
         if self.constant:
             return None
         self.x = self.shortcut = None
@@ -340,7 +340,7 @@ class Chain:
         data: dict[str, torch.Tensor],
         plan: SpeciesPlan,
         head: int,
-        parts: tuple[Share, ...] = (),
+        parts: Shares | None = None,
         tables: dict | None = None,
     ):
         attrs, heads = data["node_attrs"], len(getattr(model, "heads", None) or ["Default"])
@@ -348,10 +348,10 @@ class Chain:
         self.start = model.atomic_energies_fn(attrs)[:, head].double() + shift
         feats = model.node_embedding(attrs)
         self.dtype = feats.dtype
-        last, kinds = len(model.interactions) - 1, _present(plan)
+        self.parts, last, kinds = parts, len(model.interactions) - 1, _present(plan)
         pairs = zip(model.interactions, model.products, strict=True)
         self.layers = [
-            _Layer(*pair, kinds, None if n else feats, n == last and not parts, parts) for n, pair in enumerate(pairs)
+            _Layer(*pair, kinds, None if n else feats, n == last and not parts) for n, pair in enumerate(pairs)
         ]
         found = [_Readout(module, head, heads, scale) for module in model.readouts]
         alone = len(found) == 1 and len(self.layers) > 1
@@ -383,10 +383,10 @@ class Chain:
             energies, gr = energies + pair_energies, gr.add_(pull)
         ends = edges.edge_index if self.radial.alike else edges.edge_index.index_select(1, edges.edge_of)
         radial = iter(self.radial(r.index_select(0, edges.edge_of), ends))
-        feats, slopes = None, []
+        feats, slopes, parts = None, [], self.parts.of(edges) if self.parts else []
         for layer, reader in zip(self.layers, self.readouts, strict=True):
             own = [next(radial) for _ in range(1 + layer.density)]
-            feats, slope = layer.forward(feats, y, own, edges), None
+            feats, slope = layer.forward(feats, y, own, edges, parts), None
             if reader is not None:
                 energies, slope = reader.forward(feats, energies)
             slopes.append(slope)

@@ -39,7 +39,7 @@ from .buckets import bucket, idle_atoms, too_large
 from .chain import Chain, uncovered
 from .compiling import noted, together
 from .memory import Footprint, footprint, unused
-from .shares import Share, hold, overrun, shares
+from .shares import Shares, shares
 from .weights import Weights
 
 LOG = logging.getLogger(__name__)
@@ -116,8 +116,8 @@ class Engine:
         self.positions = torch.tensor(positions, dtype=torch.float64, device=self.device)
         self._cells = np.array([atoms.cell.array for atoms in self.structures])
         self.rebuilds = self.captures = 0
-        self.capacity, self._parts, self._memory = 0, (), memory
-        self._graph = self._pairs = self._chain = None
+        self.capacity, self._memory = 0, memory
+        self._graph = self._pairs = self._chain = self._parts = None
         self.autograd_because, self._recording = "", self.device.type == "cuda"
         pinned = {"dtype": torch.float64, "pin_memory": self.device.type == "cuda"}
         self._sent = torch.empty(self.atoms, 3, **pinned)
@@ -225,7 +225,7 @@ class Engine:
     @property
     def shares(self) -> int:
         """In how many shares the weights of edges are made; 1: all at once."""
-        return len(self._parts) or 1
+        return len(self._parts) if self._parts else 1
 
     @property
     def candidates(self) -> int:
@@ -246,7 +246,8 @@ class Engine:
         self._listed = pairs.sender.shape[0]
         alone = int((pairs.twin == torch.arange(self._listed, device=self.device)).sum())
         full = self._pairs is None or self._listed > self._pairs.sender.shape[0] or number > self.capacity
-        if full or self._pair_places(alone) > self._twins or not hold(self._parts, pairs.ptr, near):
+        full = full or bool(self._parts and not self._parts.hold(pairs.ptr, near))
+        if full or self._pair_places(alone) > self._twins:
             self._allocate(pairs, near, number, alone)
         else:
             fitting = neighbours.padded(pairs, self._pairs.sender.shape[0])
@@ -290,7 +291,7 @@ class Engine:
 
     def _allocate(self, pairs: Candidates, near: torch.Tensor, number: int, alone: int) -> None:
         """Buffers with room for `number` edges out of these pairs; the graph that used the old ones is gone."""
-        self._graph, self._chain, self._parts = None, None, ()
+        self._graph = self._chain = self._parts = None
         self.capacity = max(bucket(number), self.capacity)
         self._twins = -(-self._pair_places(alone) // 128) * 128
         told, self.autograd_because = self.autograd_because, uncovered(self.model)
@@ -304,7 +305,6 @@ class Engine:
         heads = list(getattr(self.model, "heads", None) or ["Default"])
         if not self.autograd_because:
             self._parts = self._shared_out(pairs, near)
-            self._bounds = torch.tensor([0, *(part.last for part in self._parts)], device=self.device)
             rest = heads.index(self.head), self._parts, self._tables
             self._write_out = partial(Chain, self.model, self._data, self._species, *rest)
             self._chain = None if self._recording else self._write_out()  # else with all that a graph holds
@@ -318,11 +318,11 @@ class Engine:
         places[places >= starts[1:, None]] = self.atoms  # where a zero stands
         self._places = torch.tensor(places, device=self.device)
 
-    def _shared_out(self, pairs: Candidates, near: torch.Tensor) -> tuple[Share, ...]:
+    def _shared_out(self, pairs: Candidates, near: torch.Tensor) -> Shares | None:
         """The shares in which weights are made; none where memory is enough for all of them."""
         memory = unused(self.device) if self._memory is None else self._memory
         number = 1 if memory is None else self._footprint().shares(memory)
-        return shares(pairs.ptr, near, number) if number > 1 else ()
+        return shares(pairs.ptr, near, number) if number > 1 else None
 
     def _batch(self) -> dict[str, torch.Tensor]:
         """MACE's input for the structures and the idle atoms behind them; the edges are not those of a step."""
@@ -433,7 +433,7 @@ class Engine:
         self.results = Results(energy, energies, forces, stress)
         moved = edges.moved
         if self._parts:  # a share without room for its edges asks for new candidates, and so for new shares
-            moved = moved + BEYOND * overrun(self._parts, self._bounds, edges)
+            moved = moved + BEYOND * self._parts.overrun(edges)
         values = (energy, energies, forces, *(() if stress is None else (stress,)), edges.count, moved)
         self._all = torch.cat([value.double().flatten() for value in values])
 
