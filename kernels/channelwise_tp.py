@@ -200,17 +200,15 @@ def forward_of_pairs(problem, x: torch.Tensor, y: torch.Tensor, w: torch.Tensor,
     return _run_forward(problem, (x, y, w), plan, tangent=False, paired=True)
 
 
-def add_forces(problem, g, x, y, w, d, gy: torch.Tensor, gr: torch.Tensor, plan, wrt_x: bool) -> torch.Tensor | None:
-    """Add the gradients of y and of the lengths to gy [E, dim_in2] and gr [E]; returns that of x, if it is asked for.
+def add_forces(problem, g, x, y, w, d, gx: torch.Tensor | None, gy: torch.Tensor, gr: torch.Tensor, plan) -> None:
+    """Add the gradients of x, y and of the lengths to gx [N, dim_in1] (unless None), gy [E, dim_in2] and gr [E].
 
-    d [pairs, weight_numel]: the slopes of w with the length. gy and gr have the accumulator's type.
+    d [pairs, weight_numel]: the slopes of w with the length. gx, gy and gr have the accumulator's type, which is y's.
     """
-    acc, acc_tl = _accumulate(y.dtype)
+    _, acc_tl = _accumulate(y.dtype)
     tile = _tile("channelwise_tp_forces", problem, y, w, plan.n_out)
-    kernels = _forces_kernels(problem, tile["PAIRS"], tile["BLOCK_C"], _ahead(tile, x), wrt_x)
-    gx = torch.zeros(x.shape if wrt_x else 0, dtype=acc, device=x.device)
-    _launch(kernels, tile, acc_tl, plan, g, x, y, w, d, gx, gy, gr)
-    return gx.to(y.dtype) if wrt_x else None
+    kernels = _forces_kernels(problem, tile["PAIRS"], tile["BLOCK_C"], _ahead(tile, x), gx is not None)
+    _launch(kernels, tile, acc_tl, plan, g, x, y, w, d, gy if gx is None else gx, gy, gr)
 
 
 def double_backward(problem, g, x, y, w, a, b, q, plan):

@@ -259,26 +259,17 @@ class _Layer:
         w, order = self.last.forward(self.radial[0][0].index_select(0, part.place)), (part.row_ptr, self.edges.sender)
         return self.linear.forward(channelwise_tp_pairs(self.conv, self.x, self.y, w, *order, part.pair))
 
-    def _spread(self, gm: torch.Tensor, gy: torch.Tensor, gr: torch.Tensor) -> torch.Tensor | None:
-        """The gradient gm [N, C] of the messages: to senders' x, which is returned, harmonics and lengths."""
+    def _spread(self, gm: torch.Tensor, *sums: torch.Tensor | None) -> None:
+        """The gradient gm [N, C] of the messages: to senders' x, harmonics and lengths."""
         edges, (h, slope) = self.edges, self.radial[0]
         gm, w, d = self.linear.backward(gm), self.w if self.keeps else self.last.forward(h), self.last.forward(slope)
-        order = edges.row_ptr, edges.sender, edges.pair
-        return add_forces(self.conv, gm, self.x, self.y, w, d, gy, gr, *order, wrt_x=not self.constant)
+        add_forces(self.conv, gm, self.x, self.y, w, d, *sums, edges.row_ptr, edges.sender, edges.pair)
 
-    def _spread_shared(self, gm: torch.Tensor, gy: torch.Tensor, gr: torch.Tensor) -> torch.Tensor | None:
-        """The same, share by share."""
-        gx = None
-        for part in self.parts:
-            more = self._spread_of(part, gm, gy, gr)
-            gx = more if gx is None else gx.add_(more)
-        return gx
-
-    def _spread_of(self, part: Share, gm: torch.Tensor, gy: torch.Tensor, gr: torch.Tensor) -> torch.Tensor | None:
+    def _spread_of(self, part: Share, gm: torch.Tensor, *sums: torch.Tensor | None) -> None:
         """Of one share, whose weights are gone before the next one's are made."""
         w, d = (self.last.forward(t.index_select(0, part.place)) for t in self.radial[0])
-        order, own = (part.row_ptr, self.edges.sender, part.pair), self.linear.backward(gm[part.first : part.last])
-        return add_forces(self.conv, own, self.x, self.y, w, d, gy, gr, *order, wrt_x=not self.constant)
+        own, order = self.linear.backward(gm[part.first : part.last]), (part.row_ptr, self.edges.sender, part.pair)
+        add_forces(self.conv, own, self.x, self.y, w, d, *sums, *order)
 
     def backward(self, g: torch.Tensor, gy: torch.Tensor, gr: torch.Tensor) -> torch.Tensor | None:
         """Gradient of the result -> that of the features, None for constant ones; adds to those of y and lengths."""
@@ -290,12 +281,16 @@ class _Layer:
             gtotal = -(gm * self.message).sum(1, keepdim=True) * self.share.square()
             gr += gtotal.index_select(0, edges.edge_index[1]) * self.radial[1][1].index_select(0, edges.pair)
             gm = gm * self.share
-        gx = (self._spread_shared if self.parts else self._spread)(gm, gy, gr)
+        sums = None if self.constant else gr.new_zeros(self.x.shape), gy, gr
+        for part in self.parts:
+            self._spread_of(part, gm, *sums)
+        if not self.parts:
+            self._spread(gm, *sums)
         self.w = self.y = self.radial = self.edges = self.parts = self.message = self.share = None
         if self.constant:
             return None
         self.x = self.shortcut = None
-        gfeats = self.up.backward(gx)
+        gfeats = self.up.backward(sums[0])
         return gfeats + self.skip.backward(g) if self.shortened else gfeats
 
 

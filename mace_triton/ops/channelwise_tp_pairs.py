@@ -48,41 +48,42 @@ def _(x, y, w, row_ptr, sender, pair, problem):
     return y.new_empty(row_ptr.shape[0] - 1, ChannelwiseTPProblem.from_key(problem).dim_out)
 
 
-@torch.library.custom_op("mace_triton::channelwise_tp_pairs_bwd", mutates_args=("gy", "gr"))
+@torch.library.custom_op("mace_triton::channelwise_tp_pairs_bwd", mutates_args=("gx", "gy", "gr"))
 def _bwd(
     g: Tensor,
     x: Tensor,
     y: Tensor,
     w: Tensor,
     d: Tensor,
+    gx: Tensor | None,
     gy: Tensor,
     gr: Tensor,
     row_ptr: Tensor,
     sender: Tensor,
     pair: Tensor,
     problem: str,
-    wrt_x: bool,
-) -> Tensor:
+) -> None:
     spec, which = ChannelwiseTPProblem.from_key(problem), dispatch.backend(x)
     dispatch.count("channelwise_tp_pairs_bwd", which)
     if which == "reference":
         held, edge_index = _rows(row_ptr, sender)
         rows = pair[held].long()
         wide = (x.to(y.dtype), y[held], w.to(y.dtype)[rows])
-        gx, own, gw = reference.channelwise_tp_bwd(spec, g, *wide, edge_index)
+        more, own, gw = reference.channelwise_tp_bwd(spec, g, *wide, edge_index)
+        if gx is not None:
+            gx += more
         gy[held] += own
         gr[held] += (gw * d[rows]).sum(1, keepdim=True)
     else:
         from ..kernels import channelwise_tp as kernels
 
         tensors = (t.contiguous() for t in (g, x, y, w, d))
-        gx = kernels.add_forces(spec, *tensors, gy, gr, _plan(row_ptr, sender, pair, x.shape[0]), wrt_x)
-    return gx if wrt_x else y.new_empty(0)
+        kernels.add_forces(spec, *tensors, gx, gy, gr, _plan(row_ptr, sender, pair, x.shape[0]))
 
 
 @_bwd.register_fake
-def _(g, x, y, w, d, gy, gr, row_ptr, sender, pair, problem, wrt_x):
-    return y.new_empty(x.shape if wrt_x else 0)
+def _(g, x, y, w, d, gx, gy, gr, row_ptr, sender, pair, problem):
+    return None
 
 
 def _check(problem: ChannelwiseTPProblem, x, y, w, row_ptr, sender, pair) -> None:
@@ -128,18 +129,18 @@ def add_forces(
     y: Tensor,
     w: Tensor,
     d: Tensor,
+    gx: Tensor | None,
     gy: Tensor,
     gr: Tensor,
     row_ptr: Tensor,
     sender: Tensor,
     pair: Tensor,
-    *,
-    wrt_x: bool = True,
-) -> Tensor | None:
-    """Add to gy [E, dim_in2] and gr [E, 1], y's dtype, contiguous, the gradients of y and of the edges' lengths.
+) -> None:
+    """Add to gx [N_in, dim_in1], unless it is None, gy [E, dim_in2] and gr [E, 1] the gradients of x, of y and of the
+    edges' lengths. All three have y's dtype and are contiguous.
 
     g [N, problem.dim_out]: the gradient of `channelwise_tp_pairs`; d [P, problem.weight_numel], w's dtype: the slope of
-    w with the length. Returns the gradient of x, in y's dtype, or None without wrt_x. Sums run in any order.
+    w with the length. Sums run in any order.
 
     Raises ValueError (shape, device) or TypeError (dtype) naming the argument.
     """
@@ -147,12 +148,13 @@ def add_forces(
     for name, tensor, like in (("g", g, (row_ptr.shape[0] - 1, problem.dim_out)), ("d", d, tuple(w.shape))):
         if tensor.shape != like:
             raise ValueError(f"{name} must have shape {list(like)}, got {list(tensor.shape)}")
-    for name, tensor, like in (("gy", gy, tuple(y.shape)), ("gr", gr, (y.shape[0], 1))):
+    sums = (("gy", gy, tuple(y.shape)), ("gr", gr, (y.shape[0], 1)))
+    sums += () if gx is None else (("gx", gx, tuple(x.shape)),)
+    for name, tensor, like in sums:
         if tensor.shape != like or not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous {list(like)}, got {list(tensor.shape)}")
-    if {g.dtype, gy.dtype, gr.dtype} != {y.dtype} or d.dtype != w.dtype:
-        raise TypeError(f"g, gy and gr must have y's dtype {y.dtype}, and d that of w, {w.dtype}")
-    if len({t.device for t in (x, g, d, gy, gr)}) != 1:
-        raise ValueError("g, d, gy and gr must be on x's device")
-    gx = _bwd(g, x, y, w, d, gy, gr, row_ptr, sender, pair, problem.key, wrt_x)
-    return gx if wrt_x else None
+    if {g.dtype, *(tensor.dtype for _, tensor, _ in sums)} != {y.dtype} or d.dtype != w.dtype:
+        raise TypeError(f"g, gx, gy and gr must have y's dtype {y.dtype}, and d that of w, {w.dtype}")
+    if len({t.device for t in (x, g, d, *(tensor for _, tensor, _ in sums))}) != 1:
+        raise ValueError("g, d, gx, gy and gr must be on x's device")
+    _bwd(g, x, y, w, d, gx, gy, gr, row_ptr, sender, pair, problem.key)
