@@ -198,12 +198,9 @@ def offline_cases(target: str = "sm_90", dtypes: tuple[str, ...] = ("fp64", "fp3
     """Every pass, for `offline.compile_cases`."""
     from .offline import Case
 
-    words = {"near_ptr": "*i8"} | dict.fromkeys(("edge_ptr", "start_ptr"), "*i64")
-    words |= (
-        dict.fromkeys(("ptr_ptr", "sender_ptr", "twin_ptr", "row_ptr", "from_ptr", "number_ptr", "chosen_ptr"), "*i32")
-        | {"moved_ptr": "*fp32"}
-        | dict.fromkeys(("pair_ptr", "edge_of_ptr"), "*i32")
-    )
+    words = {"near_ptr": "*i8", "moved_ptr": "*fp32"} | dict.fromkeys(("edge_ptr", "start_ptr"), "*i64")
+    words |= dict.fromkeys(("ptr_ptr", "sender_ptr", "twin_ptr", "row_ptr", "from_ptr", "number_ptr"), "*i32")
+    words |= dict.fromkeys(("chosen_ptr", "pair_ptr", "edge_of_ptr"), "*i32")
     scalars = dict.fromkeys(("square", "far"), "fp32") | dict.fromkeys(("nodes", "idle", "capacity", "pairs"), "i32")
     names = {
         "mark": "x_ptr was_ptr ptr_ptr sender_ptr shift_ptr twin_ptr near_ptr count_ptr moved_ptr reach_ptr square",

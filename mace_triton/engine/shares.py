@@ -55,8 +55,8 @@ class Shares:
         """What a step needs to know of them, made once."""
         starts, count = edges.row_ptr.index_select(0, self._bounds[:-1]), edges.pair.shape[0]
         number, room = torch.arange(count, dtype=torch.int32, device=starts.device), min(self.room, count)
-        share = torch.bucketize(number, starts, out_int32=True, right=True).sub_(1).clamp_(0)
-        pair = (number - starts.index_select(0, share)).clamp_(0, room - 1)  # those behind the last row are not read
+        share = torch.bucketize(number, starts, out_int32=True, right=True).sub_(1)  # the first one starts at 0
+        pair = (number - starts.index_select(0, share)).clamp_(max=room - 1)  # those behind the last row are not read
         cuts = zip(itertools.pairwise(self.bounds), starts.split(1), strict=True)
         return [
             Share(
