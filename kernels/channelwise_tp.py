@@ -46,7 +46,9 @@ def _accumulate(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
 
 
 @cache
-def _forward_kernels(problem, budget: int, block_c: int, ahead: int, tangent: bool, paired: bool = False) -> list:
+def _forward_kernels(
+    problem, budget: int, block_c: int, ahead: int | None, tangent: bool, paired: bool = False
+) -> list:
     """(kernel, channel blocks) of every part of the forward."""
     return [
         (_jit(source.forward_source(problem, part, block_c, tangent, ahead, paired)), _blocks(problem, part, block_c))
@@ -55,7 +57,7 @@ def _forward_kernels(problem, budget: int, block_c: int, ahead: int, tangent: bo
 
 
 @cache
-def _forces_kernels(problem, budget: int, block_c: int, ahead: int, wrt_x: bool) -> list[tuple]:
+def _forces_kernels(problem, budget: int, block_c: int, ahead: int | None, wrt_x: bool) -> list[tuple]:
     """(kernel, channel blocks) of every part of the backward to forces."""
     return [
         (_jit(source.forces_source(problem, part, block_c, wrt_x, ahead)), _blocks(problem, part, block_c))
@@ -65,7 +67,7 @@ def _forces_kernels(problem, budget: int, block_c: int, ahead: int, wrt_x: bool)
 
 @cache
 def _backward_kernels(
-    problem, budget: int, block_c: int, ahead: int, gx: str, deterministic: bool, tangent: bool
+    problem, budget: int, block_c: int, ahead: int | None, gx: str, deterministic: bool, tangent: bool
 ) -> tuple[list[tuple], int]:
     """(kernel, channel blocks) of every part of the backward, and how many rows of gy an edge has.
 
@@ -106,9 +108,9 @@ def _tile(op: str, problem, y: torch.Tensor, w: torch.Tensor, nodes: int) -> til
     return tiles.choose(op, dtype=tiles.TAGS[y.dtype], storage=tiles.TAGS[w.dtype], pairs=_pairs(problem), nodes=nodes)
 
 
-def _ahead(tile: tiles.Tile, x: torch.Tensor) -> int:
-    """How far the kernel prefetches: an NVIDIA instruction, so not at all elsewhere."""
-    return tile["AHEAD"] if x.is_cuda and torch.version.hip is None else 0
+def _ahead(tile: tiles.Tile, x: torch.Tensor) -> int | None:
+    """How far the kernel prefetches; None where it cannot have NVIDIA's instructions."""
+    return tile["AHEAD"] if x.is_cuda and torch.version.hip is None else None
 
 
 def _covered(problem) -> bool:
@@ -221,7 +223,7 @@ def offline_cases(
     problem, target: str = "sm_90", storages: tuple[str, ...] = ("fp64", "fp32", "bf16"), features: str | None = None
 ) -> list:
     """Every kernel of `problem` with the tiles in use, for `offline.compile_case`; a case's module is a generated file.
-
+    AMD: neither prefetch nor loads by assembly, which are NVIDIA instructions.
     storages: of the weights; the rest is FP32 beside 16-bit weights, the node features in `features` if it is given.
     AMD: no prefetch, which is an NVIDIA instruction.
     """
@@ -230,7 +232,7 @@ def offline_cases(
         call = {"dtype": "fp64" if storage == "fp64" else "fp32", "storage": storage}
         for op in ("channelwise_tp_fwd", "channelwise_tp_bwd", "channelwise_tp_forces"):
             tile = tiles.choose(op, arch=target, **call, pairs=_pairs(problem), nodes=5184)
-            ahead = 0 if target.startswith("gfx") else tile["AHEAD"]
+            ahead = None if target.startswith("gfx") else tile["AHEAD"]
             for kernels in _offline_kernels(op, problem, tile, ahead):
                 for number, (kernel, _) in enumerate(kernels):
                     part = f"{number + 1}/{len(kernels)}"
@@ -238,7 +240,7 @@ def offline_cases(
     return cases
 
 
-def _offline_kernels(op: str, problem, tile: tiles.Tile, ahead: int) -> list[list]:
+def _offline_kernels(op: str, problem, tile: tiles.Tile, ahead: int | None) -> list[list]:
     """What `op` launches, and its relatives for tangents and pairs."""
     plain, tangent = ((problem, tile[key], tile["BLOCK_C"], ahead) for key in ("PAIRS", "TANGENT_PAIRS"))
     if op == "channelwise_tp_forces":

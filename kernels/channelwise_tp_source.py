@@ -1,6 +1,10 @@
 """Writes the Triton source of the channel-wise tensor product kernels for one problem (see `channelwise_tp.py`).
 
-The generated text is plain Triton with every path and coefficient unrolled; `generated.py` imports it.
+The generated text is Triton with every path and coefficient unrolled; `generated.py` imports it.
+
+Triton's passes take a time that grows with the loads and stores of a kernel times a power of its operations. So a
+product and the sum it goes into are one operation, the components of a slot are one load, by inline assembly (NVIDIA),
+and their addresses are a constant away from a pointer that they share.
 """
 
 from __future__ import annotations
@@ -8,6 +12,38 @@ from __future__ import annotations
 from collections import defaultdict
 
 import triton
+
+from .generated import sum_of_products
+
+LOADS = {
+    "float64": ("float64", "d", "ld.global.nc.f64 {0}, {1};"),
+    "float32": ("float32", "f", "ld.global.nc.f32 {0}, {1};"),
+    "bfloat16": ("float32", "f", "{{.reg .b32 t; ld.global.nc.u16 t, {1}; shl.b32 {0}, t, 16;}}"),
+    "float16": ("float32", "f", "{{.reg .b16 t; ld.global.nc.b16 t, {1}; cvt.f32.f16 {0}, t;}}"),
+}
+"""Type in memory -> type in a register, its letter in assembly, and how the one becomes the other."""
+LANES = 32
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def load_source(name: str, offsets: tuple[int, ...]) -> str:
+    """A function that loads the numbers at `offsets` from a pointer, for each lane, with PTX's loads.
+
+    Nothing of a kernel writes what it reads: these loads are as free to move as arithmetic.
+    """
+    count = len(offsets)
+    values = ", ".join(f"v{i}" for i in range(count))
+    text = [f"@triton.jit\ndef {name}(ptr, ACC: tl.constexpr):"]
+    for memory, (register, letter, instruction) in LOADS.items():
+        places = (f"[${count} + {offset * BYTES[memory]}]" for offset in offsets)
+        asm = " ".join(instruction.format(f"${i}", place) for i, place in enumerate(places))
+        constraints = f"={letter}," * count + "l"
+        dtype = f"tl.{register}" if count == 1 else f"({f'tl.{register}, ' * count})"
+        text.append(f"    if ptr.dtype.element_ty == tl.{memory}:")
+        text.append(f'        {values} = tl.inline_asm_elementwise("{asm}", "{constraints}", [ptr], dtype={dtype},')
+        text.append("            is_pure=True, pack=1)")
+    text.append(f"    return {', '.join(f'v{i}.to(ACC)' for i in range(count))}")
+    return "\n".join(text) + "\n\n\n"
 
 
 def plus(terms: list[str]) -> str:
@@ -50,11 +86,12 @@ def partition(problem, budget: int) -> list[tuple[int, ...]]:
 class Writer:
     """The source of one kernel for the paths `numbers` of `problem`, BLOCK_C = `block_c` channels a program.
 
-    ahead: how many edges ahead of its use a weight row is asked for from device memory, 0 for not at all. paired: the
-    edges lie sorted, and perm holds the rows of their weights, which an edge and its way back share.
+    ahead: how many edges ahead of its use a weight row is asked for from device memory, 0 for not at all, None where
+    PTX is not understood. paired: the edges lie sorted, and perm holds the rows of their weights, which an edge and its
+    way back share.
     """
 
-    def __init__(self, problem, numbers: tuple[int, ...], block_c: int, ahead: int = 0, paired: bool = False):
+    def __init__(self, problem, numbers: tuple[int, ...], block_c: int, ahead: int | None, paired: bool = False):
         self.ahead, self.paired = ahead, paired
         self.problem = problem
         self.paths = [(n, problem.paths[n]) for n in numbers]
@@ -64,6 +101,9 @@ class Writer:
         self.load_mask, self.store_mask = (", mask=mask, other=0.0", ", mask=mask") if masked else ("", "")
         self.x_parts = sorted({(p.slot1, m1) for _, p in self.paths for m1, _ in pairs(p)})
         self.y_parts = sorted({(p.slot2, m2) for _, p in self.paths for _, m2 in pairs(p)})
+        # A lane with one channel of its own: PTX's loads are as wide as Triton's. Beyond the last channel Triton masks.
+        self.ptx = ahead is not None and block_c == LANES and not masked
+        self.loads: dict[tuple[int, ...], str] = {}
         self.lines: list[str] = []
         self.depth = 0
 
@@ -71,12 +111,32 @@ class Writer:
         self.lines.append("    " * self.depth + text)
 
     def text(self) -> str:
-        return "\n".join(self.lines) + "\n"
+        loads = [load_source(name, offsets) for offsets, name in self.loads.items()]
+        return "".join(loads) + "\n".join(self.lines) + "\n"
+
+    def row(self, name: str, start: str, slots: list) -> None:
+        """Pointers of this program's channels in a row that begins at `start`: one for each stride of its slots."""
+        for stride in sorted({slot.stride_c for slot in slots}):
+            self.emit(f"{name}{stride} = {start} + {'c' if stride == 1 else f'c * {stride}'}")
 
     def pointer(self, row: str, slot, m: int) -> str:
         """Component m of a slot for the channels c of this program, as pointer source."""
-        channel = "c" if slot.stride_c == 1 else f"c * {slot.stride_c}"
-        return f"{row} + {slot.offset + m * slot.stride_m} + {channel}"
+        return f"{row}{slot.stride_c} + {slot.offset + m * slot.stride_m}"
+
+    def load(self, names: list[str], row: str, offsets: list[int]) -> None:
+        """The numbers at `offsets` from the pointer `row` as variables of these names."""
+        if not self.ptx:
+            for name, offset in zip(names, offsets, strict=True):
+                self.emit(f"{name} = tl.load({row} + {offset}{self.load_mask}).to(ACC)")
+            return
+        relative = tuple(offset - offsets[0] for offset in offsets)
+        load = self.loads.setdefault(relative, f"load_{'_'.join(map(str, relative))}")
+        self.emit(f"{', '.join(names)} = {load}({row} + {offsets[0]}, ACC)")
+
+    def load_slot(self, name: str, row: str, slot, components: list[int]) -> None:
+        """Components m of a slot as {name}{m}."""
+        offsets = [slot.offset + m * slot.stride_m for m in components]
+        self.load([f"{name}{m}" for m in components], f"{row}{slot.stride_c}", offsets)
 
     def head(self, name: str, pointers: str) -> None:
         self.emit("@triton.jit")
@@ -100,9 +160,9 @@ class Writer:
 
     def index(self, when: str, position: str) -> None:
         """Edge, row of its weights and sender at a position in the sorted list, as variables named by `when`."""
-        self.emit(f"p{when} = tl.load(perm_ptr + {position}).to(tl.int64)")
-        self.emit(f"e{when} = ({position}).to(tl.int64)" if self.paired else f"e{when} = p{when}")
-        self.emit(f"s{when} = tl.load(sender_ptr + {position}).to(tl.int64)")
+        self.emit(f"p{when} = tl.load(perm_ptr + {position})")
+        self.emit(f"e{when} = {position}" if self.paired else f"e{when} = p{when}")
+        self.emit(f"s{when} = tl.load(sender_ptr + {position})")
 
     def rows(self, when: str) -> None:
         """Row pointers of the operands: x, a by sender; y, b by edge; w, q, d by the row of its weights."""
@@ -114,8 +174,11 @@ class Writer:
         }
         for letter, kind in zip(self.operands, self.kinds, strict=True):
             row, width = of[kind]
-            lanes = {"x": "", "y": " + lane", "w": " + c"}[kind]
-            self.emit(f"{letter}_row = {letter}_ptr + {row} * {width}{lanes}")
+            start = f"{letter}_ptr + {row}.to(tl.int64) * {width}"
+            if kind == "x":
+                self.row(f"{letter}_row", start, [problem.slots1[slot] for slot, _ in self.x_parts])
+            else:
+                self.emit(f"{letter}_row = {start} + {'lane' if kind == 'y' else 'c'}")
 
     def loop(self, operands: str) -> None:
         """Open the loop over the receiver's edges: edge e from sender s.
@@ -188,10 +251,9 @@ class Writer:
         return [letter for letter, k in zip(self.operands, self.kinds, strict=True) if k == kind]
 
     def fill_x(self, slot: int) -> None:
+        components = [m for i, m in self.x_parts if i == slot]
         for letter in self.letters("x"):
-            for m in [m for i, m in self.x_parts if i == slot]:
-                pointer = self.pointer(f"{letter}_row", self.problem.slots1[slot], m)
-                self.emit(f"{letter}{slot}_{m} = tl.load({pointer}{self.load_mask}).to(ACC)")
+            self.load_slot(f"{letter}{slot}_", f"{letter}_row", self.problem.slots1[slot], components)
 
     def fill_y(self) -> None:
         for letter in self.letters("y"):
@@ -199,8 +261,7 @@ class Writer:
 
     def fill_w(self, n: int) -> None:
         for letter in self.letters("w"):
-            offset = self.problem.paths[n].weight
-            self.emit(f"{letter}{n} = tl.load({letter}_row + {offset}{self.load_mask}).to(ACC)")
+            self.load([f"{letter}{n}"], f"{letter}_row", [self.problem.paths[n].weight])
 
     def store_channel_sums(self, values: dict[int, str], store: str) -> None:
         """Hand to `store` the sums over the BLOCK_C channels of values[i], zero where there is none, for place i.
@@ -243,7 +304,7 @@ class Writer:
 
 
 def forward_source(
-    problem, numbers: tuple[int, ...], block_c: int, tangent: bool = False, ahead: int = 0, paired: bool = False
+    problem, numbers: tuple[int, ...], block_c: int, tangent: bool, ahead: int | None, paired: bool = False
 ) -> str:
     """`channelwise_tp_fwd_kernel`, or with `tangent` its derivative along (a, b, q); with `paired` of weights in pairs.
 
@@ -262,15 +323,17 @@ def forward_source(
             x, a = f"x{path.slot1}_{m1}", f"a{path.slot1}_{m1}"
             out.emit(f"z = w{n} * {x}")
             if tangent:
-                out.emit(f"zt = w{n} * {a} + q{n} * {x}")
+                out.emit(f"zt = {sum_of_products('', [(f'w{n}', a), (f'q{n}', x)])}")
             for m2 in [m2 for n1, m2 in pairs(path) if n1 == m1]:
                 y, b = f"y{path.slot2}_{m2}", f"b{path.slot2}_{m2}"
-                out.emit(f"A{n}_{m1}_{m2} += " + (f"zt * {y} + z * {b}" if tangent else f"z * {y}"))
+                products = [("zt", y), ("z", b)] if tangent else [("z", y)]
+                out.emit(f"A{n}_{m1}_{m2} = {sum_of_products(f'A{n}_{m1}_{m2}', products)}")
         out.used(n)
     out.close()
     blocks = triton.cdiv(out.mul, block_c)
     out.emit(f"nodes = tl.num_programs(0) // ({blocks} * SPLIT)")
-    out.emit(f"out_row = out_ptr + (split.to(tl.int64) * nodes + node) * {problem.dim_out}")
+    plane_row = f"out_ptr + (split.to(tl.int64) * nodes + node) * {problem.dim_out}"
+    out.row("out_row", plane_row, [problem.slots3[path.slot3] for _, path in out.paths])
     sums: dict[tuple[int, int], list[str]] = defaultdict(list)
     for n, path in out.paths:
         for m1, m2, m3, value in path.cg:
@@ -280,39 +343,58 @@ def forward_source(
     return out.text()
 
 
-def _backward_path(out: Writer, n: int, path, tangent: bool, started: set[str]) -> None:
-    """One path of the backward's loop body; a sum begins with `=` where its name is not yet in `started`."""
+class Sums:
+    """Variables that sums of products are added to; a sum begins where its name is not in `started`."""
 
-    def add(target: str, term: str) -> None:
-        out.emit(f"{target} {'+=' if target in started else '='} {term}")
-        started.add(target)
+    def __init__(self, out: Writer):
+        self.out = out
+        self.started: set[str] = set()
 
-    started.discard("gw")
+    def add(self, target: str, *products: tuple[str, str]) -> None:
+        start = target if target in self.started else ""
+        self.out.emit(f"{target} = {sum_of_products(start, list(products))}")
+        self.started.add(target)
+
+
+def _backward_path(out: Writer, n: int, path, tangent: bool, sums: Sums) -> None:
+    """One path of the backward's loop body."""
+    w, q = f"w{n}", f"q{n}"
+    sums.started.discard("gw")
     for m1 in range(2 * path.l1 + 1):
         x, a, gx = f"x{path.slot1}_{m1}", f"a{path.slot1}_{m1}", f"gx{path.slot1}_{m1}"
-        live = [m2 for n1, m2 in pairs(path) if n1 == m1]
-        out.emit(f"u = {plus([f'G{n}_{m1}_{m2} * y{path.slot2}_{m2}' for m2 in live])}")
         if tangent:
-            out.emit(f"v = {plus([f'G{n}_{m1}_{m2} * b{path.slot2}_{m2}' for m2 in live])}")
-            add("gw", f"v * {x} + u * {a}")
-            add(gx, f"w{n} * v + q{n} * u")
-            out.emit(f"z = w{n} * {a} + q{n} * {x}")
+            _contract(out, "u", n, path, m1, "y")
+            _contract(out, "v", n, path, m1, "b")
+            sums.add("gw", ("v", x), ("u", a))
+            sums.add(gx, (w, "v"), (q, "u"))
+            _add_gy(out, n, path, m1, [(w, a), (q, x)], sums)
         else:
-            add("gw", f"u * {x}")
-            add(gx, f"w{n} * u")
-            out.emit(f"z = w{n} * {x}")
-        for m2 in live:
-            add(f"gy{path.slot2}_{m2}", f"G{n}_{m1}_{m2} * z")
+            _add_gy(out, n, path, m1, [(w, x)], sums)  # first of all: registers are short
+            _contract(out, "u", n, path, m1, "y")
+            sums.add("gw", ("u", x))
+            sums.add(gx, (w, "u"))
     out.emit(f"tl.store(gw_row + {path.weight}, gw{out.store_mask})")
+
+
+def _add_gy(out: Writer, n: int, path, m1: int, z: list[tuple[str, str]], sums: Sums) -> None:
+    """gy[m2] += G_p[m1, m2] z for the sum of products z."""
+    out.emit(f"z = {sum_of_products('', z)}")
+    for m2 in [m2 for n1, m2 in pairs(path) if n1 == m1]:
+        sums.add(f"gy{path.slot2}_{m2}", (f"G{n}_{m1}_{m2}", "z"))
+
+
+def _contract(out: Writer, name: str, n: int, path, m1: int, letter: str) -> None:
+    """name = sum_m2 G_p[m1, m2] y[m2], with y or its tangent b."""
+    products = [(f"G{n}_{m1}_{m2}", f"{letter}{path.slot2}_{m2}") for n1, m2 in pairs(path) if n1 == m1]
+    out.emit(f"{name} = {sum_of_products('', products)}")
 
 
 def _load_gradient(out: Writer) -> None:
     """G_p[m1, m2] of every path, from the gradient of the node's result."""
-    out.emit(f"g_row = g_ptr + node * {out.problem.dim_out}")
+    slots = out.problem.slots3
+    out.row("g_row", f"g_ptr + node * {out.problem.dim_out}", [slots[path.slot3] for _, path in out.paths])
     for n, path in out.paths:
-        for m3 in range(2 * path.l3 + 1):
-            pointer = out.pointer("g_row", out.problem.slots3[path.slot3], m3)
-            out.emit(f"g{m3} = tl.load({pointer}{out.load_mask}).to(ACC)")
+        out.load_slot("g", "g_row", slots[path.slot3], list(range(2 * path.l3 + 1)))
         for pair in pairs(path):
             terms = [times(value, f"g{m3}") for m1, m2, m3, value in path.cg if (m1, m2) == pair]
             out.emit(f"G{n}_{pair[0]}_{pair[1]} = {plus(terms)}")
@@ -332,8 +414,8 @@ def backward_source(
     block_c: int,
     gx: str,
     gy_rows: tuple[int, int] | None,
-    tangent: bool = False,
-    ahead: int = 0,
+    tangent: bool,
+    ahead: int | None,
     begun: frozenset[int] = frozenset(),
 ) -> str:
     """`channelwise_tp_bwd_kernel`, or with `tangent` its derivative along (a, b, q) at fixed g.
@@ -348,11 +430,11 @@ def backward_source(
     out.head(name, "g " + " ".join(operands) + " gx gy gw receiver perm sender")
     _load_gradient(out)
     out.loop(operands)
-    out.emit(f"gw_row = gw_ptr + e * {problem.weight_numel} + c")
-    out.emit(f"gx_row = gx_ptr + {'s' if gx == 'atomic' else 'e'} * {problem.dim_in1}")
-    started: set[str] = set()
+    out.emit(f"gw_row = gw_ptr + e.to(tl.int64) * {problem.weight_numel} + c")
+    _gx_row(out, "s" if gx == "atomic" else "e")
+    sums = Sums(out)
     for n, path in out.paths:
-        _backward_path(out, n, path, tangent, started)
+        _backward_path(out, n, path, tangent, sums)
         out.used(n)
         if gx != "none" and out.last_reader(n):
             how = "edge_add" if gx == "edge" and path.slot1 in begun else gx
@@ -360,16 +442,21 @@ def backward_source(
                 pointer = out.pointer("gx_row", problem.slots1[path.slot1], m)
                 out.emit(GX_STORES[how].format(pointer, f"gx{path.slot1}_{m}", out.store_mask, out.load_mask))
     if gy_rows is None:
-        store = f'tl.atomic_add(gy_ptr + e * {problem.dim_in2} + {{}}, {{}}, mask={{}}, sem="relaxed")'
+        store = f'tl.atomic_add(gy_ptr + e.to(tl.int64) * {problem.dim_in2} + {{}}, {{}}, mask={{}}, sem="relaxed")'
     else:
-        row = f"gy_ptr + (e * {gy_rows[1]} + {gy_rows[0]} + block) * {problem.dim_in2}"
+        row = f"gy_ptr + (e.to(tl.int64) * {gy_rows[1]} + {gy_rows[0]} + block) * {problem.dim_in2}"
         store = f"tl.store({row} + {{}}, {{}}, mask={{}})"
     out.store_channel_sums({problem.slots2[i].offset + m: f"gy{i}_{m}" for i, m in out.y_parts}, store)
     out.close()
     return out.text()
 
 
-def forces_source(problem, numbers: tuple[int, ...], block_c: int, wrt_x: bool, ahead: int = 0) -> str:
+def _gx_row(out: Writer, row: str) -> None:
+    slots = [out.problem.slots1[slot] for slot, _ in out.x_parts]
+    out.row("gx_row", f"gx_ptr + {row}.to(tl.int64) * {out.problem.dim_in1}", slots)
+
+
+def forces_source(problem, numbers: tuple[int, ...], block_c: int, wrt_x: bool, ahead: int | None) -> str:
     """`channelwise_tp_forces_kernel`: the backward where a weight's gradient is wanted along one direction only.
 
     d = dw/dr is the slope of the weights with the length of the edge, and gr = sum_p,c d gw takes the place of gw.
@@ -379,33 +466,25 @@ def forces_source(problem, numbers: tuple[int, ...], block_c: int, wrt_x: bool, 
     out.head("channelwise_tp_forces_kernel", "g x y w d gx gy gr receiver perm sender")
     _load_gradient(out)
     out.loop("xywd")
-    out.emit(f"gx_row = gx_ptr + s * {problem.dim_in1}")
-    started: set[str] = set()
-
-    def add(target: str, term: str) -> None:
-        out.emit(f"{target} {'+=' if target in started else '='} {term}")
-        started.add(target)
-
+    _gx_row(out, "s")
+    sums = Sums(out)
     for n, path in out.paths:
-        started.discard("gw")
+        sums.started.discard("gw")
         for m1 in range(2 * path.l1 + 1):
             x, gx = f"x{path.slot1}_{m1}", f"gx{path.slot1}_{m1}"
-            live = [m2 for n1, m2 in pairs(path) if n1 == m1]
-            out.emit(f"u = {plus([f'G{n}_{m1}_{m2} * y{path.slot2}_{m2}' for m2 in live])}")
-            add("gw", f"u * {x}")
+            _add_gy(out, n, path, m1, [(f"w{n}", x)], sums)
+            _contract(out, "u", n, path, m1, "y")
+            sums.add("gw", ("u", x))
             if wrt_x:
-                add(gx, f"w{n} * u")
-            out.emit(f"z = w{n} * {x}")
-            for m2 in live:
-                add(f"gy{path.slot2}_{m2}", f"G{n}_{m1}_{m2} * z")
-        add("rate", f"d{n} * gw")
+                sums.add(gx, (f"w{n}", "u"))
+        sums.add("rate", (f"d{n}", "gw"))
         out.used(n)
         if wrt_x and out.last_reader(n):
             for m in range(2 * path.l1 + 1):
                 pointer = out.pointer("gx_row", problem.slots1[path.slot1], m)
                 out.emit(GX_STORES["atomic"].format(pointer, f"gx{path.slot1}_{m}", out.store_mask))
     out.emit('tl.atomic_add(gr_ptr + e, tl.sum(rate, axis=0), sem="relaxed")')
-    store = f'tl.atomic_add(gy_ptr + e * {problem.dim_in2} + {{}}, {{}}, mask={{}}, sem="relaxed")'
+    store = f'tl.atomic_add(gy_ptr + e.to(tl.int64) * {problem.dim_in2} + {{}}, {{}}, mask={{}}, sem="relaxed")'
     out.store_channel_sums({problem.slots2[i].offset + m: f"gy{i}_{m}" for i, m in out.y_parts}, store)
     out.close()
     return out.text()

@@ -52,3 +52,17 @@ def kernel_of(stem: str, source: str):
     """The one kernel (a name that ends in `_kernel`) of a generated source."""
     module = compile_source(stem, source)
     return next(value for name, value in vars(module).items() if name.endswith("_kernel"))
+
+
+def sum_of_products(start: str, products: list[tuple[str, ...]]) -> str:
+    """start (may be empty) plus the products of names, as source, by multiply-adds.
+
+    Triton's own fusion is an option of the compiler, and one operation is compiled sooner than two.
+    """
+    for *others, last in products:
+        product = " * ".join(others)
+        if not start:
+            start = " * ".join((*others, last))
+        else:
+            start = f"tl.fma({product}, {last}, {start})" if product else f"{start} + {last}"
+    return start

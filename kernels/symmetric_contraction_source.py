@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import triton
 
+from .generated import sum_of_products
+
 HELPERS = '''\
 @triton.jit
 def component(bits, place, I: tl.constexpr, DTYPE: tl.constexpr):
@@ -88,9 +90,9 @@ class Writer:
         for variable, products in names:
             if fresh or variable not in self.started:
                 self.started.add(variable)
-                self.emit(f"{variable} = {_sum('', products) or 'zero'}")
+                self.emit(f"{variable} = {sum_of_products('', products) or 'zero'}")
             elif products:
-                self.emit(f"{variable} = {_sum(variable, products)}")
+                self.emit(f"{variable} = {sum_of_products(variable, products)}")
 
     def _derivative(self, factors: tuple[str, ...]) -> list[tuple[str, ...]]:
         """The products whose sum it is."""
@@ -151,17 +153,6 @@ class Writer:
     def rows(self, *dims: int) -> None:
         for width in sorted({triton.next_power_of_2(dim) for dim in dims}):
             self.emit(f"row{width} = tl.arange(0, {width})[:, None, None]")
-
-
-def _sum(start: str, products: list[tuple[str, ...]]) -> str:
-    """start (may be empty) plus the products, by multiply-adds: Triton's own fusion is an option of the compiler."""
-    for *others, last in products:
-        product = " * ".join(others)
-        if not start:
-            start = " * ".join((*others, last))
-        else:
-            start = f"tl.fma({product}, {last}, {start})" if product else f"{start} + {last}"
-    return start
 
 
 def _kernel(name: str, out: Writer, pointers: list[str], *numbers: str) -> str:

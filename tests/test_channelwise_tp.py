@@ -7,6 +7,7 @@ of norms, with n the number of edges of a node times the products of a path.
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from mace_triton import reference
 from mace_triton.kernels import channelwise_tp as kernels
+from mace_triton.kernels import channelwise_tp_source as source
 from mace_triton.kernels import offline, tiles
 from mace_triton.ops import channelwise_tp as ops
 from mace_triton.ops import dispatch
@@ -31,7 +33,9 @@ SHAPES = {
     "odd channels": ("17x0e+17x1o", "1x0e+1x1o", "17x0e+17x1o"),
     "several multiplicities": ("5x0e+3x1o+4x0o", "1x0e+1x1o", "2x0e+2x1o+2x1e"),
     "l = 3": ("4x3o", "1x1o+1x3o", "4x0e+4x2e"),
+    "full blocks": ("64x0e+64x1o", "1x0e+1x1o+1x2e", "64x0e+64x1o+64x2e"),
 }
+"""On NVIDIA cards channels that fill blocks are loaded in another way than those of a last, partial block."""
 EDGE_LISTS = {
     "duplicates, self edges, isolated nodes": [[0, 1, 1, 4, 0, 0, 2], [1, 0, 0, 4, 1, 1, 4]],
     "one edge": [[3], [0]],
@@ -114,6 +118,7 @@ def test_deterministic_kernels_match_fp64_formulas(shape, dtype, device):
     check_against_reference(problem_of(shape), edge_index, 5, 6, dtype, deterministic=True)
 
 
+@pytest.mark.parametrize("shape", ["odd channels", "full blocks"])
 @pytest.mark.parametrize(
     ("dtype", "storage"),
     [
@@ -124,19 +129,41 @@ def test_deterministic_kernels_match_fp64_formulas(shape, dtype, device):
         (torch.float16, torch.float16),
     ],
 )
-def test_storage_dtypes(dtype, storage, device):
+def test_storage_dtypes(dtype, storage, shape, device):
     edge_index = edges_of("duplicates, self edges, isolated nodes", device)
-    check_against_reference(problem_of("odd channels"), edge_index, 5, 6, dtype, storage)
+    check_against_reference(problem_of(shape), edge_index, 5, 6, dtype, storage)
 
 
+@pytest.mark.parametrize("shape", ["odd channels", "full blocks"])
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(("features", "storage"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
-def test_stored_features(features, storage, deterministic, device):
+def test_stored_features(features, storage, deterministic, shape, device):
     """16-bit features are read beside FP32 harmonics; results and sums are FP32."""
     how = (torch.float32, storage, deterministic, features)
-    check_against_reference(
-        problem_of("odd channels"), edges_of("duplicates, self edges, isolated nodes", device), 5, 6, *how
-    )
+    check_against_reference(problem_of(shape), edges_of("duplicates, self edges, isolated nodes", device), 5, 6, *how)
+
+
+@pytest.mark.parametrize("layout", ["mul_ir", "ir_mul"])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_loads_by_assembly_leave_what_is_written_to_triton(layout, deterministic):
+    """With NVIDIA's instructions all that is read and never written: features, weights, their tangents, gradients."""
+    problem, everything = problem_of("full blocks", layout), (0, 1, 2, 3, 4, 5, 6)
+    assert len(problem.paths) == len(everything)
+    rows = (0, 2) if deterministic else None
+    for ahead in (None, 0, 2):
+        for text in (
+            source.forward_source(problem, everything, 32, True, ahead),
+            source.forward_source(problem, everything, 32, False, ahead, paired=True),
+            source.backward_source(problem, everything, 32, "edge" if deterministic else "atomic", rows, True, ahead),
+            source.forces_source(problem, everything, 32, True, ahead),
+        ):
+            loads = set(re.findall(r"tl.load\((\w+?)\d* ", text))
+            operands = {f"{letter}_row" for letter in "xawqdg"}
+            assert bool(loads & operands) == (ahead is None)
+            assert ("ld.global" in text) == (ahead is not None)
+    partial = source.forces_source(problem_of("odd channels"), (0,), 32, True, 2)
+    assert "ld.global" not in partial
+    assert "mask=mask" in partial
 
 
 @pytest.mark.usefixtures("reference_path")
@@ -338,6 +365,7 @@ def test_plan_is_built_once_per_graph_and_again_after_a_change(device):
         ("sm_90", "128x0e+128x1o", ("fp64",), None),
         ("sm_90", "128x0e+128x1o", ("bf16",), None),
         ("sm_90", "128x0e", ("bf16",), "bf16"),
+        ("sm_90", "128x0e", ("fp16",), "fp16"),
         ("sm_80", "128x0e+128x1o", ("fp32",), None),
         ("gfx942", "128x0e+128x1o", ("fp32",), None),
     ],

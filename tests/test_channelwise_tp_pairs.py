@@ -64,14 +64,15 @@ def test_kernels_match_fp64_formulas(shape, layout, device):
 
 
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", ["medium", "odd channels"])
+@pytest.mark.parametrize("shape", ["medium", "odd channels", "full blocks"])
 def test_single_precision_and_stored_weights(shape, storage, device):
     check(problem_of(shape), DEGREES, torch.float32, device, storage)
 
 
+@pytest.mark.parametrize("shape", ["odd channels", "full blocks"])
 @pytest.mark.parametrize("features", [torch.bfloat16, torch.float16])
-def test_stored_features(features, device):
-    check(problem_of("odd channels"), DEGREES, torch.float32, device, torch.bfloat16, features=features)
+def test_stored_features(features, shape, device):
+    check(problem_of(shape), DEGREES, torch.float32, device, torch.bfloat16, features=features)
 
 
 @pytest.mark.parametrize("degrees", [[0], [0, 0, 0], [1], [40]])
