@@ -223,9 +223,9 @@ def offline_cases(
     problem, target: str = "sm_90", storages: tuple[str, ...] = ("fp64", "fp32", "bf16"), features: str | None = None
 ) -> list:
     """Every kernel of `problem` with the tiles in use, for `offline.compile_case`; a case's module is a generated file.
-    AMD: neither prefetch nor loads by assembly, which are NVIDIA instructions.
+
     storages: of the weights; the rest is FP32 beside 16-bit weights, the node features in `features` if it is given.
-    AMD: no prefetch, which is an NVIDIA instruction.
+    AMD: neither prefetches nor loads by assembly, which are NVIDIA instructions.
     """
     cases = []
     for storage in storages:
