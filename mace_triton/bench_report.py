@@ -326,6 +326,16 @@ def _summary_cells(rows: list[Row], key: tuple) -> list[str]:
     return [number(times.get(column)) for column in COLUMNS]
 
 
+def _sources(runs: list[tuple[str, str]]) -> Iterator[str]:
+    """Revisions and commands, once each; sections of the bars that one revision ran are one command."""
+    sections: dict[tuple[str, str], dict[str, None]] = {}
+    for revision, command in runs:
+        start, only, names = command.partition(" --only ")
+        sections.setdefault((revision, start + only), {}).update(dict.fromkeys(names.split(",")))
+    for (revision, start), names in sections.items():
+        yield f"revision {revision}, `{start}{','.join(names)}`"
+
+
 def summary(card: str, runs) -> Iterator[str]:
     """The README's table: GPU milliseconds of every provider, side by side, and where the figures come from.
 
@@ -339,8 +349,8 @@ def summary(card: str, runs) -> Iterator[str]:
         )
         if any(cells):
             lines.append([text, key[1], key[2], *cells])
-            sources.append(f"revision {environment['revision']}, `{environment['command']}`")
-    yield f"GPU milliseconds on one {card}, {'; '.join(dict.fromkeys(sources))}:\n"
+            sources.append((environment["revision"], environment["command"]))
+    yield f"GPU milliseconds on one {card}, {'; '.join(_sources(sources))}:\n"
     head = [f"{'ours' if provider == OURS else provider} {precision}" for provider, precision in COLUMNS]
     yield from table(["what", "shape", "atoms", *head], lines)
     yield "All shapes, errors, memory and versions: [docs/benchmarks.md](docs/benchmarks.md)."

@@ -327,6 +327,17 @@ def test_the_command_can_be_repeated_elsewhere(argv, typed):
     assert rows.command(argv) == typed
 
 
+def test_sections_of_one_revision_are_one_command():
+    bar, other = "python -m bench.bars --only ", "python -m pytest bench"
+    runs = [("a", bar + "conv"), ("a", bar + "conv"), ("a", other), ("b", bar + "edges"), ("a", bar + "linear,model")]
+    found = list(bench_report._sources(runs))
+    assert found == [
+        f"revision a, `{bar}conv,linear,model`",
+        f"revision a, `{other}`",
+        f"revision b, `{bar}edges`",
+    ]
+
+
 def test_environment_names_the_revision(monkeypatch):
     monkeypatch.setenv("MACE_TRITON_REVISION", "abc123")
     found = rows.environment(CPU)
