@@ -13,37 +13,9 @@ from collections import defaultdict
 
 import triton
 
-from .generated import sum_of_products
+from .generated import load_source, sum_of_products
 
-LOADS = {
-    "float64": ("float64", "d", "ld.global.nc.f64 {0}, {1};"),
-    "float32": ("float32", "f", "ld.global.nc.f32 {0}, {1};"),
-    "bfloat16": ("float32", "f", "{{.reg .b32 t; ld.global.nc.u16 t, {1}; shl.b32 {0}, t, 16;}}"),
-    "float16": ("float32", "f", "{{.reg .b16 t; ld.global.nc.b16 t, {1}; cvt.f32.f16 {0}, t;}}"),
-}
-"""Type in memory -> type in a register, its letter in assembly, and how the one becomes the other."""
 LANES = 32
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-
-
-def load_source(name: str, offsets: tuple[int, ...]) -> str:
-    """A function that loads the numbers at `offsets` from a pointer, for each lane, with PTX's loads.
-
-    Nothing of a kernel writes what it reads: these loads are as free to move as arithmetic.
-    """
-    count = len(offsets)
-    values = ", ".join(f"v{i}" for i in range(count))
-    text = [f"@triton.jit\ndef {name}(ptr, ACC: tl.constexpr):"]
-    for memory, (register, letter, instruction) in LOADS.items():
-        places = (f"[${count} + {offset * BYTES[memory]}]" for offset in offsets)
-        asm = " ".join(instruction.format(f"${i}", place) for i, place in enumerate(places))
-        constraints = f"={letter}," * count + "l"
-        dtype = f"tl.{register}" if count == 1 else f"({f'tl.{register}, ' * count})"
-        text.append(f"    if ptr.dtype.element_ty == tl.{memory}:")
-        text.append(f'        {values} = tl.inline_asm_elementwise("{asm}", "{constraints}", [ptr], dtype={dtype},')
-        text.append("            is_pure=True, pack=1)")
-    text.append(f"    return {', '.join(f'v{i}.to(ACC)' for i in range(count))}")
-    return "\n".join(text) + "\n\n\n"
 
 
 def plus(terms: list[str]) -> str:
@@ -124,19 +96,14 @@ class Writer:
         return f"{row}{slot.stride_c} + {slot.offset + m * slot.stride_m}"
 
     def load(self, names: list[str], row: str, offsets: list[int]) -> None:
-        """The numbers at `offsets` from the pointer `row` as variables of these names."""
+        """The numbers at `offsets` from the pointer `row` as variables of these names, as they are stored."""
         if not self.ptx:
             for name, offset in zip(names, offsets, strict=True):
-                self.emit(f"{name} = tl.load({row} + {offset}{self.load_mask}).to(ACC)")
+                self.emit(f"{name} = tl.load({row} + {offset}{self.load_mask})")
             return
         relative = tuple(offset - offsets[0] for offset in offsets)
         load = self.loads.setdefault(relative, f"load_{'_'.join(map(str, relative))}")
-        self.emit(f"{', '.join(names)} = {load}({row} + {offsets[0]}, ACC)")
-
-    def load_slot(self, name: str, row: str, slot, components: list[int]) -> None:
-        """Components m of a slot as {name}{m}."""
-        offsets = [slot.offset + m * slot.stride_m for m in components]
-        self.load([f"{name}{m}" for m in components], f"{row}{slot.stride_c}", offsets)
+        self.emit(f"{', '.join(names)} = {load}({row} + {offsets[0]})")
 
     def head(self, name: str, pointers: str) -> None:
         self.emit("@triton.jit")
@@ -184,8 +151,9 @@ class Writer:
         """Open the loop over the receiver's edges: edge e from sender s.
 
         Loads run one edge ahead: a register is filled for the next edge as soon as this edge has used it (`fill`), so
-        that memory latency hides behind the arithmetic of a whole edge without a second set of registers. The rows of
-        y and b travel as one vector and are handed to all lanes by a gather.
+        that memory latency hides behind the arithmetic of a whole edge without a second set of registers. What was
+        loaded is rounded to ACC by the edge that uses it (`take`): rounded at once, it would have to be there at the
+        end of this one. The rows of y and b travel as one vector and are handed to all lanes by a gather.
         """
         self.operands = operands
         self.kinds = [{"a": "x", "b": "y", "q": "w", "d": "w"}.get(letter, letter) for letter in operands]
@@ -209,6 +177,7 @@ class Writer:
         self.rows("_next")
         self.index("_then", "tl.minimum(k + 2, last)")
         for letter in self.letters("y"):
+            self.emit(f"{letter}_all = {letter}_next.to(ACC)")
             for slot, m in self.y_parts:
                 position = f"tl.full([BLOCK_C], {self.problem.slots2[slot].offset + m}, tl.int32)"
                 self.emit(f"{letter}{slot}_{m} = tl.gather({letter}_all, {position}, 0)")
@@ -250,18 +219,41 @@ class Writer:
     def letters(self, kind: str) -> list[str]:
         return [letter for letter, k in zip(self.operands, self.kinds, strict=True) if k == kind]
 
+    def components(self, slot: int) -> list[int]:
+        return [m for i, m in self.x_parts if i == slot]
+
     def fill_x(self, slot: int) -> None:
-        components = [m for i, m in self.x_parts if i == slot]
+        where, components = self.problem.slots1[slot], self.components(slot)
+        offsets = [where.offset + m * where.stride_m for m in components]
         for letter in self.letters("x"):
-            self.load_slot(f"{letter}{slot}_", f"{letter}_row", self.problem.slots1[slot], components)
+            self.load([f"{letter}{slot}_{m}_next" for m in components], f"{letter}_row{where.stride_c}", offsets)
 
     def fill_y(self) -> None:
         for letter in self.letters("y"):
-            self.emit(f"{letter}_all = tl.load({letter}_row{self.lane_mask}).to(ACC)")
+            self.emit(f"{letter}_next = tl.load({letter}_row{self.lane_mask})")
 
     def fill_w(self, n: int) -> None:
         for letter in self.letters("w"):
-            self.load([f"{letter}{n}"], f"{letter}_row", [self.problem.paths[n].weight])
+            self.load([f"{letter}{n}_next"], f"{letter}_row", [self.problem.paths[n].weight])
+
+    def readers(self, n: int) -> list[int]:
+        """The paths that read n's slot of x."""
+        return [i for i, path in self.paths if path.slot1 == self.problem.paths[n].slot1]
+
+    def take(self, n: int) -> None:
+        """Path n begins: what was loaded for this edge, in ACC; the features at the first path that reads them."""
+        slot = self.problem.paths[n].slot1
+        taken = [f"{letter}{n}" for letter in self.letters("w")]
+        if n == self.readers(n)[0]:
+            taken += [f"{letter}{slot}_{m}" for letter in self.letters("x") for m in self.components(slot)]
+        for name in taken:
+            self.emit(f"{name} = {name}_next.to(ACC)")
+
+    def used(self, n: int) -> None:
+        """Path n is done with this edge: fill its weights, and its features if no later path reads them."""
+        self.fill_w(n)
+        if n == self.readers(n)[-1]:
+            self.fill_x(self.problem.paths[n].slot1)
 
     def store_channel_sums(self, values: dict[int, str], store: str) -> None:
         """Hand to `store` the sums over the BLOCK_C channels of values[i], zero where there is none, for place i.
@@ -291,17 +283,6 @@ class Writer:
         keep = f"(place % {copies} == 0) & (place // {copies} < {self.problem.dim_in2})"
         self.emit(store.format(f"place // {copies}", held[0], keep))
 
-    def last_reader(self, n: int) -> bool:
-        """Whether no path after n reads n's slot of x."""
-        slot = self.problem.paths[n].slot1
-        return n == [i for i, path in self.paths if path.slot1 == slot][-1]
-
-    def used(self, n: int) -> None:
-        """Path n is done with this edge: fill its weights, and its features if no later path reads them."""
-        self.fill_w(n)
-        if self.last_reader(n):
-            self.fill_x(self.problem.paths[n].slot1)
-
 
 def forward_source(
     problem, numbers: tuple[int, ...], block_c: int, tangent: bool, ahead: int | None, paired: bool = False
@@ -319,6 +300,7 @@ def forward_source(
             out.emit(f"A{n}_{m1}_{m2} = tl.zeros([BLOCK_C], ACC)")
     out.loop(operands)
     for n, path in out.paths:
+        out.take(n)
         for m1 in range(2 * path.l1 + 1):
             x, a = f"x{path.slot1}_{m1}", f"a{path.slot1}_{m1}"
             out.emit(f"z = w{n} * {x}")
@@ -394,7 +376,11 @@ def _load_gradient(out: Writer) -> None:
     slots = out.problem.slots3
     out.row("g_row", f"g_ptr + node * {out.problem.dim_out}", [slots[path.slot3] for _, path in out.paths])
     for n, path in out.paths:
-        out.load_slot("g", "g_row", slots[path.slot3], list(range(2 * path.l3 + 1)))
+        slot, components = slots[path.slot3], range(2 * path.l3 + 1)
+        offsets = [slot.offset + m3 * slot.stride_m for m3 in components]
+        out.load([f"g{m3}" for m3 in components], f"g_row{slot.stride_c}", offsets)
+        for m3 in components:
+            out.emit(f"g{m3} = g{m3}.to(ACC)")
         for pair in pairs(path):
             terms = [times(value, f"g{m3}") for m1, m2, m3, value in path.cg if (m1, m2) == pair]
             out.emit(f"G{n}_{pair[0]}_{pair[1]} = {plus(terms)}")
@@ -434,9 +420,10 @@ def backward_source(
     _gx_row(out, "s" if gx == "atomic" else "e")
     sums = Sums(out)
     for n, path in out.paths:
+        out.take(n)
         _backward_path(out, n, path, tangent, sums)
         out.used(n)
-        if gx != "none" and out.last_reader(n):
+        if gx != "none" and n == out.readers(n)[-1]:
             how = "edge_add" if gx == "edge" and path.slot1 in begun else gx
             for m in range(2 * path.l1 + 1):
                 pointer = out.pointer("gx_row", problem.slots1[path.slot1], m)
@@ -469,6 +456,7 @@ def forces_source(problem, numbers: tuple[int, ...], block_c: int, wrt_x: bool, 
     _gx_row(out, "s")
     sums = Sums(out)
     for n, path in out.paths:
+        out.take(n)
         sums.started.discard("gw")
         for m1 in range(2 * path.l1 + 1):
             x, gx = f"x{path.slot1}_{m1}", f"gx{path.slot1}_{m1}"
@@ -479,7 +467,7 @@ def forces_source(problem, numbers: tuple[int, ...], block_c: int, wrt_x: bool, 
                 sums.add(gx, (f"w{n}", "u"))
         sums.add("rate", (f"d{n}", "gw"))
         out.used(n)
-        if wrt_x and out.last_reader(n):
+        if wrt_x and n == out.readers(n)[-1]:
             for m in range(2 * path.l1 + 1):
                 pointer = out.pointer("gx_row", problem.slots1[path.slot1], m)
                 out.emit(GX_STORES["atomic"].format(pointer, f"gx{path.slot1}_{m}", out.store_mask))
