@@ -21,7 +21,7 @@ from . import checks
 from .certify import Certificate, certify, pick_head, piece, single_point
 from .convert import accelerate, load_model
 from .engine import SKIN, Engine, Results
-from .engine.compiling import noted, together
+from .engine.compiling import side_by_side
 from .models import FOLDER, SHIPPED, load_stored
 from .precision import Precision
 
@@ -130,9 +130,8 @@ class MACETritonCalculator(MACECalculator):
             return
         self._compiled = True
         # Of a copy: what a model keeps of its weights would never be written. An error comes again, in the step itself.
-        with noted() as jobs, suppress(Exception), torch.autograd.set_multithreading_enabled(False):
+        with side_by_side(), suppress(Exception), torch.autograd.set_multithreading_enabled(False):
             single_point(copy.deepcopy(self.models[0]), atoms, head=self.head)
-        together(jobs)
 
     @property
     def runs_on_engine(self) -> bool:

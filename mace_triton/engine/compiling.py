@@ -77,6 +77,14 @@ def together(jobs: Jobs) -> None:
             job.exception()
 
 
+@contextmanager
+def side_by_side() -> Iterator[Jobs]:
+    """`noted`, and when it is left without an error, `together`."""
+    with noted() as jobs:
+        yield jobs
+    together(jobs)
+
+
 @cache
 def _load_modules_apart() -> None:
     """From now on what Triton loads from C is a module of its own, whichever threads load.

@@ -37,7 +37,7 @@ from ..ops.edge_filter import Candidates, Edges, edge_filter
 from . import neighbours
 from .buckets import bucket, idle_atoms, too_large
 from .chain import Chain, uncovered
-from .compiling import noted, together
+from .compiling import side_by_side
 from .memory import Footprint, footprint, unused
 from .shares import Shares, shares
 from .weights import Weights
@@ -104,7 +104,7 @@ class Engine:
             check_structure(atoms, [int(z) for z in model.atomic_numbers])
         if skin < 0:
             raise ValueError(f"skin must not be negative, got {skin}")
-        self._source, self._weights = model, None
+        self._source, self._weights, self._memory = model, None, memory
         first = next(model.parameters())
         self.device, self.dtype = first.device, first.dtype
         self.cutoff, self.skin, self.stress = float(model.r_max), skin, stress
@@ -115,8 +115,7 @@ class Engine:
         positions = np.concatenate([atoms.positions for atoms in self.structures])
         self.positions = torch.tensor(positions, dtype=torch.float64, device=self.device)
         self._cells = np.array([atoms.cell.array for atoms in self.structures])
-        self.rebuilds = self.captures = 0
-        self.capacity, self._memory = 0, memory
+        self.rebuilds = self.captures = self.capacity = 0
         self._graph = self._pairs = self._chain = self._parts = None
         self.autograd_because, self._recording = "", self.device.type == "cuda"
         pinned = {"dtype": torch.float64, "pin_memory": self.device.type == "cuda"}
@@ -401,12 +400,13 @@ class Engine:
 
     def _compile(self) -> None:
         """Write the model out; what kernels are not compiled yet a first evaluation finds out, and then they are."""
+        with side_by_side():
+            self._edges(self._moved())
         self._edges(self._moved())  # for real: numbers of atoms and edges are read from it
-        with noted() as jobs:
+        with side_by_side() as jobs:
             self._chain = self._write_out()
             self._evaluate()
-        if jobs:
-            together(jobs)
+        if jobs:  # which did not run
             self._chain = self._write_out()
         self._clear()  # the warm-up's stream cannot use what was freed on this one
 
