@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the processors: threads of each would wait for those of others
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +18,8 @@ import pytest
 import triton
 from triton.runtime import interpreter
 
+from mace_triton.kernels import channelwise_tp as kernels
+from mace_triton.kernels import channelwise_tp_source as source
 from mace_triton.ops import dispatch
 
 
@@ -74,3 +77,22 @@ def device() -> torch.device:
 def reference_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors take the plain PyTorch formulas, as they do for users, instead of the interpreter."""
     monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+
+
+@pytest.fixture
+def assembly_by_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Kernels as for NVIDIA cards without a prefetch; what assembly would load Triton does. Gives the loads' names."""
+    names, made = [], (kernels._forward_kernels, kernels._backward_kernels, kernels._forces_kernels)
+
+    def load_source(name: str, offsets: tuple[int, ...]) -> str:
+        names.append(name)
+        loads = ", ".join(f"tl.load(ptr + {offset})" for offset in offsets)
+        return f"@triton.jit\ndef {name}(ptr):\n    return {loads}\n\n\n"
+
+    monkeypatch.setattr(source, "load_source", load_source)
+    monkeypatch.setattr(kernels, "_ahead", lambda tile, x: 0)
+    for cached in made:
+        cached.cache_clear()
+    yield names
+    for cached in made:
+        cached.cache_clear()

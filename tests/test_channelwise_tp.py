@@ -145,6 +145,17 @@ def test_stored_features(features, storage, deterministic, shape, device):
 
 @pytest.mark.parametrize("layout", ["mul_ir", "ir_mul"])
 @pytest.mark.parametrize("deterministic", [False, True])
+def test_sources_with_assembly_compute_the_formula(layout, deterministic, device, assembly_by_triton):
+    """In the interpreter, too, which knows no assembly: rows, offsets and names are those of the formula."""
+    edge_index = edges_of("duplicates, self edges, isolated nodes", device)
+    problem = problem_of("full blocks", layout)
+    check_against_reference(problem, edge_index, 5, 6, torch.float64, deterministic=deterministic)
+    check_against_reference(problem, edge_index, 5, 6, torch.float32, torch.bfloat16, deterministic)
+    assert len(set(assembly_by_triton)) > 2
+
+
+@pytest.mark.parametrize("layout", ["mul_ir", "ir_mul"])
+@pytest.mark.parametrize("deterministic", [False, True])
 def test_loads_by_assembly_leave_what_is_written_to_triton(layout, deterministic):
     """With NVIDIA's instructions all that is read and never written: features, weights, their tangents, gradients."""
     problem, everything = problem_of("full blocks", layout), (0, 1, 2, 3, 4, 5, 6)

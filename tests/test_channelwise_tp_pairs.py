@@ -75,6 +75,13 @@ def test_stored_features(features, shape, device):
     check(problem_of(shape), DEGREES, torch.float32, device, torch.bfloat16, features=features)
 
 
+@pytest.mark.parametrize("layout", ["mul_ir", "ir_mul"])
+def test_sources_with_assembly_compute_the_formula(layout, device, assembly_by_triton):
+    check(problem_of("full blocks", layout), DEGREES, torch.float64, device)
+    check(problem_of("full blocks", layout), DEGREES, torch.float32, device, torch.float16)
+    assert len(set(assembly_by_triton)) > 2
+
+
 @pytest.mark.parametrize("degrees", [[0], [0, 0, 0], [1], [40]])
 def test_rows_of_every_kind(degrees, device):
     check(problem_of("small"), degrees, torch.float32, device)
