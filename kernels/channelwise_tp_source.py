@@ -152,7 +152,7 @@ class Writer:
 
         Loads run one edge ahead: a register is filled for the next edge as soon as this edge has used it (`fill`), so
         that memory latency hides behind the arithmetic of a whole edge without a second set of registers. What was
-        loaded is rounded to ACC by the edge that uses it (`take`): rounded at once, it would have to be there at the
+        loaded becomes ACC in the edge that uses it (`take`): made so at once, it would have to be there at the
         end of this one. The rows of y and b travel as one vector and are handed to all lanes by a gather.
         """
         self.operands = operands
