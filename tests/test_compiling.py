@@ -179,11 +179,10 @@ def test_an_engine_notes_its_kernels(device, batches):
     model, structures = e3nn_model("mp-medium", device, channels=11), mm.random_structures(SMALL["elements"], seed=1)
     fast = fast_model("mp-medium", device, channels=11)
     check(Engine(fast, structures), model, structures)
-    found = len(batches)
-    assert 1 <= found <= 2  # the filter of edges, unless an earlier test had it, then all the others
-    assert batches[-1] > 3
+    assert len(batches) == 1
+    assert batches[0] > 3
     check(Engine(fast, structures), model, structures)
-    assert len(batches) == found  # all were compiled
+    assert len(batches) == 1  # all were compiled
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="without a GPU nothing is loaded")
@@ -201,7 +200,7 @@ def test_kernels_are_loaded_side_by_side(device, monkeypatch):
     Engine(fast_model("mp-medium", device, channels=19), atoms).step()
     ours = [thread for thread in loaded if thread == threading.get_ident()]
     assert len(loaded) - len(ours) > 3
-    assert len(ours) <= 3
+    assert len(ours) <= 6  # the filter of edges, which runs for real before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="without a GPU nothing is compiled")

@@ -301,11 +301,10 @@ class Engine:
         self._perm = torch.arange(self.capacity, dtype=torch.int32, device=self.device)
         self._data = self._batch()
         self._species = species.species_plan(self._data["node_attrs"])
-        heads = list(getattr(self.model, "heads", None) or ["Default"])
         if not self.autograd_because:
             self._parts = self._shared_out(pairs, near)
-            rest = heads.index(self.head), self._parts, self._tables
-            self._write_out = partial(Chain, self.model, self._data, self._species, *rest)
+            head = list(getattr(self.model, "heads", None) or ["Default"]).index(self.head)
+            self._write_out = partial(Chain, self.model, self._data, self._species, head, self._parts, self._tables)
             self._chain = None if self._recording else self._write_out()  # else with all that a graph holds
         self._idle = self._data["positions"][self.atoms :].double()
         self._was = torch.cat((self.positions, self._idle))
@@ -400,9 +399,7 @@ class Engine:
 
     def _compile(self) -> None:
         """Write the model out; what kernels are not compiled yet a first evaluation finds out, and then they are."""
-        with side_by_side():
-            self._edges(self._moved())
-        self._edges(self._moved())  # for real: numbers of atoms and edges are read from it
+        self._edges(self._moved())  # for real: its kernels read places out of what the ones before them wrote
         with side_by_side() as jobs:
             self._chain = self._write_out()
             self._evaluate()
