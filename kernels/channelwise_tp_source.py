@@ -16,6 +16,7 @@ import triton
 from .generated import load_source, sum_of_products
 
 LANES = 32
+"""Of a warp."""
 
 
 def plus(terms: list[str]) -> str:
@@ -77,10 +78,17 @@ class Writer:
         self.ptx = ahead is not None and block_c == LANES and not masked
         self.loads: dict[tuple[int, ...], str] = {}
         self.lines: list[str] = []
+        self.started: set[str] = set()
         self.depth = 0
 
     def emit(self, text: str) -> None:
         self.lines.append("    " * self.depth + text)
+
+    def add(self, name: str, *products: tuple[str, str], fresh: bool = False) -> None:
+        """name += the products (name = ... at first, or where `fresh`)."""
+        start = name if name in self.started and not fresh else ""
+        self.emit(f"{name} = {sum_of_products(start, list(products))}")
+        self.started.add(name)
 
     def text(self) -> str:
         loads = [load_source(name, offsets) for offsets, name in self.loads.items()]
@@ -104,6 +112,10 @@ class Writer:
         relative = tuple(offset - offsets[0] for offset in offsets)
         load = self.loads.setdefault(relative, f"load_{'_'.join(map(str, relative))}")
         self.emit(f"{', '.join(names)} = {load}({row} + {offsets[0]})")
+
+    def load_slot(self, names: list[str], row: str, slot, components: list[int]) -> None:
+        """Components m of a slot, as `load` does it."""
+        self.load(names, f"{row}{slot.stride_c}", [slot.offset + m * slot.stride_m for m in components])
 
     def head(self, name: str, pointers: str) -> None:
         self.emit("@triton.jit")
@@ -223,10 +235,10 @@ class Writer:
         return [m for i, m in self.x_parts if i == slot]
 
     def fill_x(self, slot: int) -> None:
-        where, components = self.problem.slots1[slot], self.components(slot)
-        offsets = [where.offset + m * where.stride_m for m in components]
+        components = self.components(slot)
         for letter in self.letters("x"):
-            self.load([f"{letter}{slot}_{m}_next" for m in components], f"{letter}_row{where.stride_c}", offsets)
+            names = [f"{letter}{slot}_{m}_next" for m in components]
+            self.load_slot(names, f"{letter}_row", self.problem.slots1[slot], components)
 
     def fill_y(self) -> None:
         for letter in self.letters("y"):
@@ -298,6 +310,7 @@ def forward_source(
     for n, path in out.paths:
         for m1, m2 in pairs(path):
             out.emit(f"A{n}_{m1}_{m2} = tl.zeros([BLOCK_C], ACC)")
+            out.started.add(f"A{n}_{m1}_{m2}")
     out.loop(operands)
     for n, path in out.paths:
         out.take(n)
@@ -305,11 +318,10 @@ def forward_source(
             x, a = f"x{path.slot1}_{m1}", f"a{path.slot1}_{m1}"
             out.emit(f"z = w{n} * {x}")
             if tangent:
-                out.emit(f"zt = {sum_of_products('', [(f'w{n}', a), (f'q{n}', x)])}")
+                out.add("zt", (f"w{n}", a), (f"q{n}", x), fresh=True)
             for m2 in [m2 for n1, m2 in pairs(path) if n1 == m1]:
                 y, b = f"y{path.slot2}_{m2}", f"b{path.slot2}_{m2}"
-                products = [("zt", y), ("z", b)] if tangent else [("z", y)]
-                out.emit(f"A{n}_{m1}_{m2} = {sum_of_products(f'A{n}_{m1}_{m2}', products)}")
+                out.add(f"A{n}_{m1}_{m2}", *([("zt", y), ("z", b)] if tangent else [("z", y)]))
         out.used(n)
     out.close()
     blocks = triton.cdiv(out.mul, block_c)
@@ -325,50 +337,37 @@ def forward_source(
     return out.text()
 
 
-class Sums:
-    """Variables that sums of products are added to; a sum begins where its name is not in `started`."""
-
-    def __init__(self, out: Writer):
-        self.out = out
-        self.started: set[str] = set()
-
-    def add(self, target: str, *products: tuple[str, str]) -> None:
-        start = target if target in self.started else ""
-        self.out.emit(f"{target} = {sum_of_products(start, list(products))}")
-        self.started.add(target)
-
-
-def _backward_path(out: Writer, n: int, path, tangent: bool, sums: Sums) -> None:
-    """One path of the backward's loop body."""
+def _backward_path(out: Writer, n: int, path, tangent: bool, wrt_x: bool) -> None:
+    """One path of the backward's loop body: gw, and what it adds to gx and gy."""
     w, q = f"w{n}", f"q{n}"
-    sums.started.discard("gw")
     for m1 in range(2 * path.l1 + 1):
         x, a, gx = f"x{path.slot1}_{m1}", f"a{path.slot1}_{m1}", f"gx{path.slot1}_{m1}"
         if tangent:
             _contract(out, "u", n, path, m1, "y")
             _contract(out, "v", n, path, m1, "b")
-            sums.add("gw", ("v", x), ("u", a))
-            sums.add(gx, (w, "v"), (q, "u"))
-            _add_gy(out, n, path, m1, [(w, a), (q, x)], sums)
+            out.add("gw", ("v", x), ("u", a), fresh=not m1)
+            if wrt_x:
+                out.add(gx, (w, "v"), (q, "u"))
+            _add_gy(out, n, path, m1, (w, a), (q, x))
         else:
-            _add_gy(out, n, path, m1, [(w, x)], sums)  # first of all: registers are short
+            _add_gy(out, n, path, m1, (w, x))  # first of all: registers are short
             _contract(out, "u", n, path, m1, "y")
-            sums.add("gw", ("u", x))
-            sums.add(gx, (w, "u"))
-    out.emit(f"tl.store(gw_row + {path.weight}, gw{out.store_mask})")
+            out.add("gw", ("u", x), fresh=not m1)
+            if wrt_x:
+                out.add(gx, (w, "u"))
 
 
-def _add_gy(out: Writer, n: int, path, m1: int, z: list[tuple[str, str]], sums: Sums) -> None:
+def _add_gy(out: Writer, n: int, path, m1: int, *z: tuple[str, str]) -> None:
     """gy[m2] += G_p[m1, m2] z for the sum of products z."""
-    out.emit(f"z = {sum_of_products('', z)}")
+    out.add("z", *z, fresh=True)
     for m2 in [m2 for n1, m2 in pairs(path) if n1 == m1]:
-        sums.add(f"gy{path.slot2}_{m2}", (f"G{n}_{m1}_{m2}", "z"))
+        out.add(f"gy{path.slot2}_{m2}", (f"G{n}_{m1}_{m2}", "z"))
 
 
 def _contract(out: Writer, name: str, n: int, path, m1: int, letter: str) -> None:
     """name = sum_m2 G_p[m1, m2] y[m2], with y or its tangent b."""
     products = [(f"G{n}_{m1}_{m2}", f"{letter}{path.slot2}_{m2}") for n1, m2 in pairs(path) if n1 == m1]
-    out.emit(f"{name} = {sum_of_products('', products)}")
+    out.add(name, *products, fresh=True)
 
 
 def _load_gradient(out: Writer) -> None:
@@ -376,9 +375,8 @@ def _load_gradient(out: Writer) -> None:
     slots = out.problem.slots3
     out.row("g_row", f"g_ptr + node * {out.problem.dim_out}", [slots[path.slot3] for _, path in out.paths])
     for n, path in out.paths:
-        slot, components = slots[path.slot3], range(2 * path.l3 + 1)
-        offsets = [slot.offset + m3 * slot.stride_m for m3 in components]
-        out.load([f"g{m3}" for m3 in components], f"g_row{slot.stride_c}", offsets)
+        components = list(range(2 * path.l3 + 1))
+        out.load_slot([f"g{m3}" for m3 in components], "g_row", slots[path.slot3], components)
         for m3 in components:
             out.emit(f"g{m3} = g{m3}.to(ACC)")
         for pair in pairs(path):
@@ -418,22 +416,14 @@ def backward_source(
     out.loop(operands)
     out.emit(f"gw_row = gw_ptr + e.to(tl.int64) * {problem.weight_numel} + c")
     _gx_row(out, "s" if gx == "atomic" else "e")
-    sums = Sums(out)
     for n, path in out.paths:
         out.take(n)
-        _backward_path(out, n, path, tangent, sums)
+        _backward_path(out, n, path, tangent, gx != "none")
+        out.emit(f"tl.store(gw_row + {path.weight}, gw{out.store_mask})")
         out.used(n)
         if gx != "none" and n == out.readers(n)[-1]:
-            how = "edge_add" if gx == "edge" and path.slot1 in begun else gx
-            for m in range(2 * path.l1 + 1):
-                pointer = out.pointer("gx_row", problem.slots1[path.slot1], m)
-                out.emit(GX_STORES[how].format(pointer, f"gx{path.slot1}_{m}", out.store_mask, out.load_mask))
-    if gy_rows is None:
-        store = f'tl.atomic_add(gy_ptr + e.to(tl.int64) * {problem.dim_in2} + {{}}, {{}}, mask={{}}, sem="relaxed")'
-    else:
-        row = f"gy_ptr + (e.to(tl.int64) * {gy_rows[1]} + {gy_rows[0]} + block) * {problem.dim_in2}"
-        store = f"tl.store({row} + {{}}, {{}}, mask={{}})"
-    out.store_channel_sums({problem.slots2[i].offset + m: f"gy{i}_{m}" for i, m in out.y_parts}, store)
+            _store_gx(out, path, "edge_add" if gx == "edge" and path.slot1 in begun else gx)
+    _store_gy(out, gy_rows)
     out.close()
     return out.text()
 
@@ -441,6 +431,24 @@ def backward_source(
 def _gx_row(out: Writer, row: str) -> None:
     slots = [out.problem.slots1[slot] for slot, _ in out.x_parts]
     out.row("gx_row", f"gx_ptr + {row}.to(tl.int64) * {out.problem.dim_in1}", slots)
+
+
+def _store_gx(out: Writer, path, how: str) -> None:
+    """The gradient of the slot of x that the path reads, in one of the ways of GX_STORES."""
+    for m in range(2 * path.l1 + 1):
+        pointer = out.pointer("gx_row", out.problem.slots1[path.slot1], m)
+        out.emit(GX_STORES[how].format(pointer, f"gx{path.slot1}_{m}", out.store_mask, out.load_mask))
+
+
+def _store_gy(out: Writer, rows: tuple[int, int] | None) -> None:
+    """The sums of gy over the channels, into partial sums (see `backward_source`) or by atomics."""
+    width, slots = out.problem.dim_in2, out.problem.slots2
+    if rows is None:
+        store = f'tl.atomic_add(gy_ptr + e.to(tl.int64) * {width} + {{}}, {{}}, mask={{}}, sem="relaxed")'
+    else:
+        row = f"gy_ptr + (e.to(tl.int64) * {rows[1]} + {rows[0]} + block) * {width}"
+        store = f"tl.store({row} + {{}}, {{}}, mask={{}})"
+    out.store_channel_sums({slots[i].offset + m: f"gy{i}_{m}" for i, m in out.y_parts}, store)
 
 
 def forces_source(problem, numbers: tuple[int, ...], block_c: int, wrt_x: bool, ahead: int | None) -> str:
@@ -454,25 +462,14 @@ def forces_source(problem, numbers: tuple[int, ...], block_c: int, wrt_x: bool, 
     _load_gradient(out)
     out.loop("xywd")
     _gx_row(out, "s")
-    sums = Sums(out)
     for n, path in out.paths:
         out.take(n)
-        sums.started.discard("gw")
-        for m1 in range(2 * path.l1 + 1):
-            x, gx = f"x{path.slot1}_{m1}", f"gx{path.slot1}_{m1}"
-            _add_gy(out, n, path, m1, [(f"w{n}", x)], sums)
-            _contract(out, "u", n, path, m1, "y")
-            sums.add("gw", ("u", x))
-            if wrt_x:
-                sums.add(gx, (f"w{n}", "u"))
-        sums.add("rate", (f"d{n}", "gw"))
+        _backward_path(out, n, path, False, wrt_x)
+        out.add("rate", (f"d{n}", "gw"))
         out.used(n)
         if wrt_x and n == out.readers(n)[-1]:
-            for m in range(2 * path.l1 + 1):
-                pointer = out.pointer("gx_row", problem.slots1[path.slot1], m)
-                out.emit(GX_STORES["atomic"].format(pointer, f"gx{path.slot1}_{m}", out.store_mask))
+            _store_gx(out, path, "atomic")
     out.emit('tl.atomic_add(gr_ptr + e, tl.sum(rate, axis=0), sem="relaxed")')
-    store = f'tl.atomic_add(gy_ptr + e.to(tl.int64) * {problem.dim_in2} + {{}}, {{}}, mask={{}}, sem="relaxed")'
-    out.store_channel_sums({problem.slots2[i].offset + m: f"gy{i}_{m}" for i, m in out.y_parts}, store)
+    _store_gy(out, None)
     out.close()
     return out.text()
