@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from contextlib import suppress
 from dataclasses import replace
 from glob import glob
 from pathlib import Path
@@ -21,7 +19,6 @@ from . import checks
 from .certify import Certificate, certify, pick_head, piece, single_point
 from .convert import accelerate, load_model
 from .engine import SKIN, Engine, Results
-from .engine.compiling import side_by_side
 from .models import FOLDER, SHIPPED, load_stored
 from .precision import Precision
 
@@ -74,7 +71,6 @@ class MACETritonCalculator(MACECalculator):
         self.skin = skin
         self.engines: list[Engine] = []
         self._asked: tuple[bytes, bytes] | None = None
-        self._compiled = self.device.type != "cuda"
 
     def __getstate__(self) -> dict:
         """Engines stay behind: a CUDA graph can be neither copied nor pickled, and is made again when it is wanted."""
@@ -114,7 +110,6 @@ class MACETritonCalculator(MACECalculator):
 
     def _maces_way(self, atoms, properties, system_changes) -> bool:
         """MACECalculator's step; False where memory is too small for it, and the engine may have enough."""
-        self._compile(atoms)
         try:
             super().calculate(atoms, properties, system_changes)
             return True
@@ -123,15 +118,6 @@ class MACETritonCalculator(MACECalculator):
                 raise
         torch.cuda.empty_cache()
         return False
-
-    def _compile(self, atoms: ase.Atoms) -> None:
-        """Before MACE's forward first runs, compile side by side what it and its derivatives run."""
-        if self._compiled:
-            return
-        self._compiled = True
-        # Of a copy: what a model keeps of its weights would never be written. An error comes again, in the step itself.
-        with side_by_side(), suppress(Exception), torch.autograd.set_multithreading_enabled(False):
-            single_point(copy.deepcopy(self.models[0]), atoms, head=self.head)
 
     @property
     def runs_on_engine(self) -> bool:

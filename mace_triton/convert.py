@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +13,13 @@ from mace.calculators import foundations_models as foundations
 from mace.modules import blocks, models
 from mace.modules.irreps_tools import reshape_irreps
 from mace.modules.radial import RadialMLP
-from mace.modules.symmetric_contraction import EmptyParam
 from mace.modules.symmetric_contraction import SymmetricContraction as PlainContraction
 
 from .coverage import HOSTS, foreign_reason, kept_reason
 from .linear_problem import LinearProblem
-from .nn import edge_vectors
+from .nn import compile_ahead, edge_vectors
 from .nn.conv import ConvTP, problem_of
+from .nn.copies import copy_of
 from .nn.edge_embedding import EdgeHarmonics, EdgeRadial, check_harmonics, kinds_of
 from .nn.linear import IrrepsLinear
 from .nn.norm_mlp import NormNet, problems_of
@@ -161,6 +160,7 @@ def accelerate(
         raise ValueError(f"strict=True: these modules have a kernel but cannot use it\n{lines}")
     if not deterministic:
         edge_vectors.attach(fast)
+    compile_ahead.attach(fast)
     fast.mace_triton = conversion
     return fast
 
@@ -171,13 +171,13 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
     Raises TypeError or ValueError for the models that `accelerate` refuses.
     """
     check_model(model)
-    # MACE's EmptyParam, the weight of paths that do not exist (use_so3), cannot be deep-copied by PyTorch.
-    plain = copy.deepcopy(model, {id(p): EmptyParam(p.detach()) for p in model.parameters() if type(p) is EmptyParam})
+    plain = copy_of(model)
     with torch.random.fork_rng(devices=[]):  # e3nn draws weights that the restored ones replace
         for name, module in list(plain.named_modules()):
             if isinstance(module, _OURS):
                 _swap(plain, name, module.restore())
     edge_vectors.detach(plain)
+    compile_ahead.detach(plain)
     plain.__dict__.pop("mace_triton", None)
     return plain
 

@@ -1,5 +1,6 @@
 """Kernels that are not compiled yet are noted, once each and for one thread only; then they compile side by side."""
 
+import gc
 import shutil
 import sys
 import threading
@@ -14,7 +15,8 @@ from triton.runtime import build
 from triton.runtime.jit import JITFunction
 
 import mace_triton as mt
-from mace_triton.engine import Engine, compiling
+from mace_triton import compiling
+from mace_triton.engine import Engine
 
 pytestmark = pytest.mark.torchscript
 
@@ -149,13 +151,42 @@ def test_another_triton_compiles_as_it_will(monkeypatch):
     assert not hasattr(JITFunction, "_do_compile")
 
 
+def test_one_thread_notes_at_a_time():
+    """Two that each put back what they had found would leave the notes of one of them in Triton for good."""
+    before, inside, go_on = JITFunction._do_compile, threading.Event(), threading.Event()
+
+    def first() -> None:
+        with compiling.noted():
+            inside.set()
+            go_on.wait(5)
+
+    def second() -> None:
+        inside.wait(5)
+        go_on_soon.start()
+        with compiling.noted(), compiling.noted():  # the same thread may
+            one.join(5)
+
+    go_on_soon = threading.Timer(0.3, go_on.set)
+    one, two = threading.Thread(target=first), threading.Thread(target=second)
+    for thread in (one, two):
+        thread.start()
+    for thread in (one, two):
+        thread.join(10)
+        assert not thread.is_alive()
+    assert JITFunction._do_compile is before
+
+
 def test_side_by_side_compiles_on_leaving(kernel):
+    assert gc.isenabled()
     with compiling.side_by_side() as jobs:
         assert kernel.launch("a") is None
         assert kernel.compiled == []
+        assert not gc.isenabled()
+    assert gc.isenabled()
     assert len(jobs) == len(kernel.compiled) == len(kernel.loaded) == 1
     with pytest.raises(ZeroDivisionError), compiling.side_by_side():
         raise ZeroDivisionError(kernel.launch("b"))
+    assert gc.isenabled()
     assert len(kernel.compiled) == 1
     assert isinstance(kernel.launch("b"), Compiled)
 

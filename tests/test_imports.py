@@ -13,6 +13,7 @@ BASE = (
     "linear_problem",
     "symmetric_contraction_problem",
     "layout",
+    "compiling",
     "coverage",
     "precision",
     "reference",

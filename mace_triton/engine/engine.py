@@ -14,7 +14,6 @@ On a CPU the same functions run one after another, without a graph.
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Sequence
@@ -30,14 +29,15 @@ from mace.data import KeySpecification
 from mace.tools import torch_geometric
 
 from ..certify import check_structure, graph_of, pick_head
+from ..compiling import side_by_side
 from ..nn import edge_vectors as stand_in
+from ..nn.copies import copy_of
 from ..ops import graph, species
 from ..ops.edge_embedding import edge_vectors
 from ..ops.edge_filter import Candidates, Edges, edge_filter
 from . import neighbours
 from .buckets import bucket, idle_atoms, too_large
 from .chain import Chain, uncovered
-from .compiling import side_by_side
 from .memory import Footprint, footprint, unused
 from .shares import Shares, shares
 from .weights import Weights
@@ -133,7 +133,7 @@ class Engine:
     def _take_weights(self) -> None:
         """A frozen copy of the model as it is; what was made for the last one is gone."""
         self._weights, self._graph, self._pairs, self._tables = Weights(self._source), None, None, {}
-        self.model = copy.deepcopy(self._source).requires_grad_(False).eval()
+        self.model = copy_of(self._source).requires_grad_(False).eval()
 
     @torch.inference_mode(False)
     def step(self, positions=None, cells=None) -> Results:

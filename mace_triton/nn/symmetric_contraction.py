@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mace  # noqa: F401  before e3nn, see mace_triton/__init__.py
+import numpy as np
 import torch
 from e3nn import o3
 from mace.modules import symmetric_contraction as mace_contraction
@@ -72,19 +73,19 @@ def _independent(table: torch.Tensor, tolerance: float) -> tuple[torch.Tensor, t
     """
     if not table.numel():
         return table, None
-    rest, pivots = table.T.clone(), []
+    rest, pivots = table.T.numpy().copy(), []  # NumPy's small operations take a fraction of PyTorch's time
     for place in range(len(table)):
         row = len(pivots)
         if row == len(rest):
             return table, None
-        best = row + int(rest[row:, place].abs().argmax())
-        if rest[best, place].abs() < 1e-4:
+        best = row + int(np.abs(rest[row:, place]).argmax())
+        if abs(rest[best, place]) < 1e-4:
             continue
         rest[[row, best]] = rest[[best, row]]
-        rest[row] /= rest[row, place].clone()
-        factors = rest[:, place].clone()
+        rest[row] /= rest[row, place]
+        factors = rest[:, place].copy()
         factors[row] = 0
-        rest -= factors[:, None] * rest[row]
+        rest -= np.outer(factors, rest[row])
         pivots.append(place)
     if len(pivots) == table.shape[1]:
         return table, None

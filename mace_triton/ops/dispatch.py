@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -38,3 +40,14 @@ def wanted(ctx, argument: int) -> bool:
 def count(op: str, which: str) -> None:
     """Note that `op` ran on backend `which`."""
     calls[op, which] += 1
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Inside, what runs leaves no trace in `calls`."""
+    before = calls.copy()
+    try:
+        yield
+    finally:
+        calls.clear()
+        calls.update(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -32,6 +33,8 @@ class Job:
 
 
 Jobs = dict[tuple, Job]
+_one_thread = threading.RLock()
+"""Held while launches are noted: two threads that put Triton's own function back could put back each other's."""
 WORKERS = 12
 """At the most: Triton's own part, in Python, takes turns."""
 
@@ -45,23 +48,25 @@ def noted() -> Iterator[Jobs]:
     as they are met, where this version of Triton compiles in another way.
     """
     jobs: Jobs = {}
-    own, compile_now = threading.get_ident(), getattr(JITFunction, "_do_compile", None)
-    if compile_now is None:
-        yield jobs
-        return
+    own = threading.get_ident()
+    with _one_thread:
+        compile_now = getattr(JITFunction, "_do_compile", None)
+        if compile_now is None:
+            yield jobs
+            return
 
-    def note(self, key, *how):
-        if threading.get_ident() != own:
-            return compile_now(self, key, *how)
-        device = torch.cuda.current_device() if torch.cuda.is_available() else -1
-        jobs[id(self), key] = Job(compile_now, (self, key, *how), device, len(getattr(self, "src", "")))
-        return None  # Triton launches nothing then
+        def note(self, key, *how):
+            if threading.get_ident() != own:
+                return compile_now(self, key, *how)
+            device = torch.cuda.current_device() if torch.cuda.is_available() else -1
+            jobs[id(self), key] = Job(compile_now, (self, key, *how), device, len(getattr(self, "src", "")))
+            return None  # Triton launches nothing then
 
-    JITFunction._do_compile = note
-    try:
-        yield jobs
-    finally:
-        JITFunction._do_compile = compile_now
+        JITFunction._do_compile = note
+        try:
+            yield jobs
+        finally:
+            JITFunction._do_compile = compile_now
 
 
 def together(jobs: Jobs) -> None:
@@ -80,9 +85,22 @@ def together(jobs: Jobs) -> None:
 @contextmanager
 def side_by_side() -> Iterator[Jobs]:
     """`noted`, and when it is left without an error, `together`."""
-    with noted() as jobs:
-        yield jobs
-    together(jobs)
+    with _no_collection():
+        with noted() as jobs:
+            yield jobs
+        together(jobs)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Inside, Python looks for no cycles: it would all the time, as syntax trees are made by the ten thousand."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @cache
