@@ -84,7 +84,7 @@ def assembly_by_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Kernels as for NVIDIA cards without a prefetch; what assembly would load Triton does. Gives the loads' names."""
     names, made = [], (kernels._forward_kernels, kernels._backward_kernels, kernels._forces_kernels)
 
-    def load_source(name: str, offsets: tuple[int, ...]) -> str:
+    def load_source(name: str, offsets: tuple[int, ...], widen: bool) -> str:
         names.append(name)
         loads = ", ".join(f"tl.load(ptr + {offset})" for offset in offsets)
         return f"@triton.jit\ndef {name}(ptr):\n    return {loads}\n\n\n"
