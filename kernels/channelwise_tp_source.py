@@ -260,6 +260,10 @@ class Writer:
         """The paths that read n's slot of x."""
         return [i for i, path in self.paths if path.slot1 == self.problem.paths[n].slot1]
 
+    def last_reader(self, n: int) -> bool:
+        """Whether no path after n reads n's slot of x."""
+        return n == self.readers(n)[-1]
+
     def take(self, n: int) -> None:
         """Path n begins: what was loaded for this edge, in ACC; the features at the first path that reads them."""
         slot = self.problem.paths[n].slot1
@@ -272,7 +276,7 @@ class Writer:
     def used(self, n: int) -> None:
         """Path n is done with this edge: fill its weights, and its features if no later path reads them."""
         self.fill_w(n)
-        if n == self.readers(n)[-1]:
+        if self.last_reader(n):
             self.fill_x(self.problem.paths[n].slot1)
 
     def store_channel_sums(self, values: dict[int, str], store: str) -> None:
@@ -430,7 +434,7 @@ def backward_source(
         _backward_path(out, n, path, tangent, gx != "none")
         out.emit(f"tl.store(gw_row + {path.weight}, gw{out.store_mask})")
         out.used(n)
-        if gx != "none" and n == out.readers(n)[-1]:
+        if gx != "none" and out.last_reader(n):
             _store_gx(out, path, "edge_add" if gx == "edge" and path.slot1 in begun else gx)
     _store_gy(out, gy_rows)
     out.close()
@@ -476,7 +480,7 @@ def forces_source(problem, numbers: tuple[int, ...], block_c: int, wrt_x: bool, 
         _backward_path(out, n, path, False, wrt_x)
         out.add("rate", (f"d{n}", "gw"))
         out.used(n)
-        if wrt_x and n == out.readers(n)[-1]:
+        if wrt_x and out.last_reader(n):
             _store_gx(out, path, "atomic")
     out.emit('tl.atomic_add(gr_ptr + e, tl.sum(rate, axis=0), sem="relaxed")')
     _store_gy(out, None)

@@ -18,6 +18,7 @@ import pytest
 import triton
 from triton.runtime import interpreter
 
+from mace_triton import compiling
 from mace_triton.kernels import channelwise_tp as kernels
 from mace_triton.kernels import channelwise_tp_source as source
 from mace_triton.ops import dispatch
@@ -96,3 +97,16 @@ def assembly_by_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield names
     for cached in made:
         cached.cache_clear()
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many kernels were compiled at a time, whenever some were."""
+    sizes, together = [], compiling.together
+
+    def counted(jobs: compiling.Jobs) -> None:
+        sizes.extend([len(jobs)] if jobs else [])
+        together(jobs)
+
+    monkeypatch.setattr(compiling, "together", counted)
+    return sizes

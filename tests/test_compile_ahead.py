@@ -7,10 +7,10 @@ import mace_models as mm
 import pytest
 import torch
 from test_mace_parity import EXACT, SMALL, close, e3nn_model, fast_model
+from torch.utils.hooks import RemovableHandle
 from triton.runtime.jit import JITFunction
 
 import mace_triton as mt
-from mace_triton import compiling
 from mace_triton.nn import compile_ahead
 from mace_triton.nn.compile_ahead import CompileAhead
 from mace_triton.ops import dispatch
@@ -150,12 +150,26 @@ def test_copies_begin_anew_and_restored_models_have_none(device, ahead):
     assert hooks_of(mt.accelerate(restored, deterministic=True))
 
 
+def test_hooks_given_to_a_loaded_model_leave_ours_in_place(device, ahead, monkeypatch):
+    """In a process that loads it PyTorch numbers hooks from zero, as it did where the model was accelerated."""
+    monkeypatch.setattr(RemovableHandle, "next_id", 0)
+    written = pickle.dumps(mt.accelerate(e3nn_model("mp-medium", device)))
+    monkeypatch.setattr(RemovableHandle, "next_id", 0)
+    loaded, seen = pickle.loads(written), []
+    ours = list(loaded._forward_pre_hooks.values())
+    for _ in range(5):
+        loaded.register_forward_pre_hook(lambda model, args: seen.append(len(args)))
+    assert list(loaded._forward_pre_hooks.values())[: len(ours)] == ours
+    loaded(mm.cast(mm.random_batch(loaded), loaded))
+    assert seen == [1] * 5
+    assert len(ahead) == 1
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="without a GPU nothing is compiled")
 @pytest.mark.parametrize("training", [False, True])
-def test_a_models_call_meets_no_kernel_that_is_not_compiled(device, training, monkeypatch):
+def test_a_models_call_meets_no_kernel_that_is_not_compiled(device, training, batches, monkeypatch):
     """Numbers of channels that no other test has, and the first call's results."""
-    met, ahead, compile_now, together = [], [], JITFunction._do_compile, compiling.together
-    monkeypatch.setattr(compiling, "together", lambda jobs: ahead.append(len(jobs)) or together(jobs))
+    met, compile_now = [], JITFunction._do_compile
     monkeypatch.setattr(JITFunction, "_do_compile", lambda self, *how: met.append(self) or compile_now(self, *how))
     channels = 21 if training else 23
     plain, fast = (make("mp-medium", device, channels=channels) for make in (e3nn_model, fast_model))
@@ -169,6 +183,6 @@ def test_a_models_call_meets_no_kernel_that_is_not_compiled(device, training, mo
             found[-1] += [model.interactions[0].linear_up.weight.grad, model.products[1].linear.weight.grad]
     for got, want in zip(*reversed(found), strict=True):
         close(got, want, EXACT, "results")
-    assert ahead
-    assert ahead[0] > 3
-    assert len(met) == ahead[0]  # each once, in `together`
+    assert len(batches) == 1
+    assert batches[0] > 3
+    assert len(met) == batches[0]  # each once, in `together`

@@ -191,19 +191,6 @@ def test_side_by_side_compiles_on_leaving(kernel):
     assert isinstance(kernel.launch("b"), Compiled)
 
 
-@pytest.fixture
-def batches(monkeypatch) -> list[int]:
-    """How many kernels were compiled at a time, whenever some were."""
-    sizes, together = [], compiling.together
-
-    def counted(jobs):
-        sizes.extend([len(jobs)] if jobs else [])
-        together(jobs)
-
-    monkeypatch.setattr(compiling, "together", counted)
-    return sizes
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="without a GPU nothing is compiled")
 def test_an_engine_notes_its_kernels(device, batches):
     """A number of channels that no other test has: its kernels are not compiled yet, whatever ran before."""

@@ -14,6 +14,7 @@ from functools import cache
 
 import mace  # noqa: F401  before e3nn, see mace_triton/__init__.py
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from ..compiling import side_by_side
 from ..ops import dispatch
@@ -27,13 +28,23 @@ IN_A_LOSS = ("energy", "forces", "virials", "stress", "dipole")
 
 
 class CompileAhead:
-    """The hook before a model's forward. Copies and pickles of a model begin anew."""
+    """The hook before a model's forward. Copies and pickles of a model begin anew.
+
+    A pickle keeps the numbers of a model's hooks, but PyTorch counts them from zero in each process: without their
+    handles, which do as much, others would take the places of these.
+    """
 
     def __init__(self) -> None:
         self.seen: set[tuple] = set()
+        self.number = -1
+        """Its own, the last that `accelerate` gives."""
 
-    def __reduce__(self) -> tuple:
-        return CompileAhead, ()
+    def __getstate__(self) -> dict:
+        return {"number": self.number}
+
+    def __setstate__(self, state: dict) -> None:
+        self.seen, self.number = set(), state["number"]
+        RemovableHandle.next_id = max(RemovableHandle.next_id, self.number + 1)
 
     def __call__(self, model: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         if torch.compiler.is_compiling():
@@ -82,8 +93,8 @@ def _alone(model: torch.nn.Module) -> torch.nn.Module:
     """A copy without the hooks that others put on the model."""
     copied = copy_of(model)
     for module in copied.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            hooks.clear()
+        module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
         module._backward_pre_hooks.clear()
         module._backward_hooks.clear()
     if edge_vectors.attached(model):
@@ -97,8 +108,8 @@ def _copied(value: object) -> object:
 
 def _way_back(out: dict, data: dict, flags: dict[str, bool]) -> None:
     """What is likely to be asked of the results of such a call."""
-    found = [out[key] for key in IN_A_LOSS if torch.is_tensor(out.get(key)) and out[key].requires_grad]
     if flags.get("training"):
+        found = [out[key] for key in IN_A_LOSS if torch.is_tensor(out.get(key)) and out[key].requires_grad]
         sum(value.sum() for value in found).backward()
     elif flags.get("compute_force") is False:
         wanted = [value for value in data.values() if torch.is_tensor(value) and value.requires_grad]
@@ -107,7 +118,8 @@ def _way_back(out: dict, data: dict, flags: dict[str, bool]) -> None:
 
 def attach(model: torch.nn.Module) -> None:
     """Let `model` compile ahead."""
-    model.register_forward_pre_hook(CompileAhead(), prepend=True, with_kwargs=True)
+    hook = CompileAhead()
+    hook.number = model.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).id
 
 
 def detach(model: torch.nn.Module) -> None:
